@@ -1,0 +1,55 @@
+"""Turn an autoregressive language model into a masked diffusion language model, train it, measure it, use it.
+
+Names are imported when they are first used: `import diffulm` itself loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "load": "hub",
+    "Model": "hub",
+    "convert": "convert",
+    "adapt": "adapt",
+    "train": "train.loop",
+    "generate": "sampling",
+    "infill": "sampling",
+    "denoise": "sampling",
+    "Canvas": "sampling",
+    "Draw": "sampling",
+    "Step": "sampling",
+    "Ancestral": "sampling",
+    "RandomOrder": "sampling",
+    "TopConfidence": "sampling",
+    "Entropy": "sampling",
+    "Margin": "sampling",
+    "Threshold": "sampling",
+    "score": "eval.likelihood",
+    "nelbo": "eval.likelihood",
+    "Estimate": "eval.likelihood",
+    "MaskedDiffusion": "process",
+    "Linear": "schedule",
+    "Cosine": "schedule",
+    "Polynomial": "schedule",
+    "diffusion_loss": "objective",
+    "Recipe": "train.config",
+    "load_recipe": "train.config",
+}
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'diffulm' has no attribute {name!r}")
+    # `diffulm.convert` is a function and a module of that name; the function is what the package offers.
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m diffulm`."""
+
+from .cli import entry
+
+entry()

@@ -1,0 +1,423 @@
+"""The main job: an autoregressive model and text in, a trained and measured diffusion model and a report out.
+
+Stages, each kept when it is finished, so the same command resumes or says that it is done:
+
+    init/        the converted checkpoint            data/        token shards of train and held-out text
+    adapted/     checkpoints of the diffusion arm    continued/   checkpoints of the control arm
+    model/       the diffusion model                 control/     the parent trained on the same text
+    scores.json  likelihoods                         report.*     what came of it
+
+The control arm trains the parent itself on the same text for the same budget: what the diffusion model is compared
+with must have seen the text too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hub, runtime
+from .convert import convert
+from .data.loader import Loader, Mixture, Sequences
+from .data.prepare import Source, prepare
+from .data.tokens import TokenStore
+from .denoiser import HFDenoiser
+from .eval.likelihood import Estimate, Window, cut_windows, score_windows
+from .eval.report import write_report
+from .eval.summary import build_report
+from .layout import Annealing, Block, Causal, Full
+from .process import MaskedDiffusion
+from .sampling import generate, infill
+from .schedule import schedule_from_name
+from .tokenizer import SpecialTokens, decode, encode, fingerprint, load_tokenizer, special_tokens
+from .train.checkpoint import full_model_state
+from .train.config import Recipe, SourceConfig, to_dict
+from .train.loop import BUDGET, Progress, find_budget, plan_budget, train
+from .train.metrics import read_metrics
+from .train.parallel import parallelize
+
+MARKER = "adapt.json"
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """What the stages of one run share."""
+
+    recipe: Recipe
+    out: Path
+    offline: bool
+    say: Say
+    on_step: Callable[[str, Progress], None]
+    device: torch.device
+    compile: bool
+
+
+# ------------------------------------------------------------------------------------------------------- the job
+
+
+def adapt(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    command: str = "",
+    control: bool = True,
+    offline: bool = False,
+    device: str | None = None,
+    say: Say = print,
+    on_step: Callable[[str, Progress], None] = lambda arm, progress: None,
+) -> dict[str, Any]:
+    """Run a recipe from parent to report; returns the report (also written to `out`).
+
+    Raises:
+        ValueError: bad input, with the remedy; nothing is left half-written.
+        KeyboardInterrupt: Ctrl-C; the same call resumes.
+    """
+    out = Path(out)
+    claim(out, recipe, control)
+    if (out / "report.json").is_file():
+        say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
+        report: dict[str, Any] = runtime.read_json(out / "report.json")
+        return report
+    where = runtime.pick_device(device)
+    wants = recipe.train.compile
+    pays = where.type == "cuda" or runtime.has_cpp_compiler()
+    run = Run(recipe, out, offline, say, on_step, where, wants == "on" or (wants == "auto" and pays))
+    started = time.perf_counter() - float(read_state(out).get("seconds_before", 0))
+    try:
+        convert_stage(run)
+        stores, data_report = data_stage(run)
+        windows = heldout_windows(run, stores)
+        parent = score(run, "parent", windows, draws=1)
+        before = score(run, "before", windows, draws=recipe.eval.draws)
+        train_arm(run, "adapted", stores, windows)
+        if control:
+            train_arm(run, "continued", stores, windows)
+        continued = score(run, "parent_continued", windows, draws=1) if control else None
+        after = score(run, "after", windows, draws=recipe.eval.draws)
+        samples = sample_stage(run)
+    finally:
+        write_state(out, seconds_before=time.perf_counter() - started)
+    scores = {"parent": parent, "before": before, "after": after}
+    if continued:
+        scores["parent_continued"] = continued
+    report = build_report(
+        recipe,
+        scores,
+        windows,
+        arms={arm: read_metrics(out / arm) for arm in ("adapted", "continued")},
+        overlap=max(source["ngram13"]["overlap"] for source in data_report["sources"].values()),
+        samples=samples,
+        dtype=str(training_precision(run)),
+        command=command,
+        total_seconds=time.perf_counter() - started,
+    )
+    write_report(report, out)
+    return report
+
+
+def claim(out: Path, recipe: Recipe, control: bool) -> None:
+    """Make `out` ours: new, or begun by the same recipe. ValueError otherwise."""
+    wanted = {"recipe": json.loads(json.dumps(to_dict(recipe))), "control": control}
+    marker = out / MARKER
+    if marker.is_file():
+        there = runtime.read_json(marker)
+        if {k: there.get(k) for k in wanted} != wanted:
+            keys = [
+                f"{table}.{key}" if isinstance(value, dict) else table
+                for table, value in wanted["recipe"].items()
+                for key in (value if isinstance(value, dict) else [""])
+                if (there["recipe"].get(table, {}).get(key) if isinstance(value, dict) else there["recipe"].get(table))
+                != (value[key] if isinstance(value, dict) else value)
+            ] or ["control"]
+            raise ValueError(
+                f"{out} holds a run with other settings ({', '.join(keys[:5])} differ); choose another --out"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already holds something that is no diffulm run; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    runtime.write_atomic(marker, json.dumps(wanted, indent=1))
+
+
+def read_state(out: Path) -> dict[str, Any]:
+    path = out / "scores.json"
+    return runtime.read_json(path) if path.is_file() else {}
+
+
+def write_state(out: Path, **values: Any) -> None:
+    runtime.write_atomic(out / "scores.json", json.dumps({**read_state(out), **values}, indent=1))
+
+
+# -------------------------------------------------------------------------------------------------------- stages
+
+
+def convert_stage(run: Run) -> None:
+    model = run.recipe.model
+    if (run.out / "init" / "config.json").is_file():
+        return
+    run.say(f"converting {model.parent}")
+    done = convert(
+        model.parent, run.out / "init", mask_token=model.mask_token, source=model.source, layout=model.layout,
+        block_size=model.block_size, schedule=run.recipe.noise.schedule, t_min=run.recipe.noise.t_min,
+        trained_length=run.recipe.data.length, offline=run.offline,
+    )  # fmt: skip
+    nll = ", ".join(f"{k} {v:.2f}" for k, v in done.start_nll.items())
+    run.say(f"  mask {done.mask_token} = {done.mask_token_id} ({done.mask_row}), start {done.start_token}")
+    if nll:
+        run.say(f"  the parent's nats/token behind each candidate start: {nll}")
+
+
+def data_stage(run: Run) -> tuple[dict[str, tuple[TokenStore, TokenStore]], dict[str, Any]]:
+    """Token stores (train, held-out) of every source, and what preparing them reported."""
+    tokenizer = load_tokenizer(run.out / "init")
+    data = run.recipe.data
+    sources = [as_source(s) for s in data.sources]
+    run.say("preparing text: " + ", ".join(s.path for s in sources))
+    report = prepare(
+        sources,
+        tokenizer,
+        run.out / "data",
+        heldout_fraction=data.heldout_fraction,
+        min_window=data.length,
+        progress=False,
+    )
+    print_ = fingerprint(tokenizer)
+    stores = {
+        s.name: (
+            TokenStore.open(run.out / "data" / s.name / "train", tokenizer=print_),
+            TokenStore.open(run.out / "data" / s.name / "heldout", tokenizer=print_),
+        )
+        for s in sources
+    }
+    for name, (train_store, held) in stores.items():
+        run.say(
+            f"  {name}: {train_store.tokens:,} tokens to train on, {held.tokens:,} held out ({len(held)} documents)"
+        )
+    return stores, report
+
+
+def as_source(config: SourceConfig) -> Source:
+    return Source(config.name, config.path, config.weight, config.text_field, tuple(config.exclude))
+
+
+def heldout_windows(run: Run, stores: dict[str, tuple[TokenStore, TokenStore]]) -> list[Window]:
+    """Windows of held-out documents, sources taking turns, one per document before a second of any."""
+    by_source = []
+    for _, held in stores.values():
+        documents = [held.document(i).tolist() for i in range(len(held))]
+        sizes = [float(held.document_bytes(i)) for i in range(len(held))]
+        by_source.append(cut_windows(documents, sizes, run.recipe.data.length, limit=run.recipe.eval.windows))
+    picked: list[Window] = []
+    first = 0
+    share = -(-run.recipe.eval.windows // len(by_source))
+    for windows in by_source:
+        picked += [dataclasses.replace(w, document=first + w.document) for w in windows[:share]]
+        first += 1_000_000
+    return picked[: run.recipe.eval.windows]
+
+
+def open_arm(run: Run, folder: Path, *, causal: bool) -> tuple[HFDenoiser, Any, SpecialTokens]:
+    """(denoiser in float32, tokenizer, special tokens) of a checkpoint, for training or exact scoring."""
+    precision = training_precision(run)
+    model, _ = hub.open_model(folder, dtype=precision.weights)
+    tokenizer = load_tokenizer(folder)
+    special = special_tokens(tokenizer)
+    added = bool(getattr(model.config, "diffusion", {}).get("mask_row_added", True)) if not causal else True
+    denoiser = HFDenoiser(
+        model.to(run.device), None if causal else special.mask, mask_row_added=added, precision=precision
+    )
+    return denoiser.eval(), tokenizer, special
+
+
+def training_precision(run: Run) -> runtime.Precision:
+    """The recipe's dtype, or the one measured here; asked once and stored, so that a resume computes the same."""
+    stored = read_state(run.out).get("dtype")
+    name = stored or run.recipe.train.dtype
+    if name == "auto":
+        config = runtime.read_json(run.out / "init" / "config.json")
+        width = int(config.get("hidden_size") or config.get("n_embd") or 512)
+        hidden = int(config.get("intermediate_size") or config.get("n_inner") or 4 * width)
+        rows = run.recipe.train.micro_batch * run.recipe.data.length
+        choice, seconds = runtime.probe_precision(width, hidden, rows=rows, device=run.device, train=True)
+        name = "autocast" if choice.autocast is not None else str(choice.weights).removeprefix("torch.")
+        times = ", ".join(f"{k} {v * 1e3:.0f} ms" for k, v in seconds.items())
+        run.say(f"dtype {choice}" + (f" (measured: {times})" if times else ""))
+    if stored is None:
+        write_state(run.out, dtype=name, threads=torch.get_num_threads())
+    return runtime.parse_precision(name)
+
+
+def parent_folder(run: Run) -> Path:
+    """The parent as an ordinary folder with the run's start token: opened once per run from wherever it came."""
+    folder = run.out / "parent"
+    if not (folder / "config.json").is_file():
+        model, _ = hub.load_parent(run.recipe.model.parent, offline=run.offline)
+        tokenizer = load_tokenizer(run.out / "init")
+        with runtime.atomic_folder(folder) as aside, hub.quiet_transformers():
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+    return folder
+
+
+_ARMS = {"parent": "parent", "before": "init", "after": "model", "parent_continued": "control"}
+
+
+def score(run: Run, what: str, windows: list[Window], *, draws: int) -> Estimate:
+    """Likelihood of the held-out windows under one of the four models; computed once, then read."""
+    stored = read_state(run.out).get(what)
+    if stored:
+        return Estimate(
+            **{**stored, "by_level": tuple(map(tuple, stored["by_level"])), "per_window": tuple(stored["per_window"])}
+        )
+    causal = what.startswith("parent")
+    folder = parent_folder(run) if what == "parent" else run.out / _ARMS[what]
+    run.say(f"scoring {what.replace('_', ' ')} on {len(windows)} held-out windows")
+    denoiser, _, special = open_arm(run, folder, causal=causal)
+    layout, process = (Causal(), None) if causal else diffusion_of(run, special)
+    estimate = score_windows(
+        denoiser, layout, process, windows, special, draws=draws, seed=run.recipe.train.seed, device=run.device
+    )
+    run.say(
+        f"  {estimate.bits_per_byte:.3f} +- {estimate.stderr:.3f} bits/byte, {estimate.nats_per_token:.3f} nats/token"
+    )
+    write_state(run.out, **{what: dataclasses.asdict(estimate)})
+    return estimate
+
+
+def diffusion_of(run: Run, special: SpecialTokens) -> tuple[Full | Block, MaskedDiffusion]:
+    model, noise = run.recipe.model, run.recipe.noise
+    assert special.mask is not None
+    process = MaskedDiffusion(special.mask, schedule_from_name(noise.schedule), noise.t_min)
+    if model.layout == "full":
+        return Full(model.source), process  # type: ignore[arg-type]
+    return Block(model.block_size or 8, model.source, noise.ar_weight), process  # type: ignore[arg-type]
+
+
+def train_arm(run: Run, arm: str, stores: dict[str, tuple[TokenStore, TokenStore]], windows: list[Window]) -> None:
+    """Train the diffusion arm or the control, resuming if it was begun, and write it as an ordinary folder."""
+    final = run.out / ("model" if arm == "adapted" else "control")
+    if (final / "config.json").is_file():
+        return
+    recipe, causal = run.recipe, arm == "continued"
+    folder = parent_folder(run) if causal else run.out / "init"
+    denoiser, tokenizer, special = open_arm(run, folder, causal=causal)
+    layout, process = (Causal(), None) if causal else diffusion_of(run, special)
+    config = recipe.train
+    if causal:
+        # The same budget as the other arm, in tokens: equal text, equal updates.
+        other = runtime.read_json(run.out / "adapted" / BUDGET)["steps"]
+        config = dataclasses.replace(config, minutes=None, tokens=None, steps=other, annealing=0.0)
+    run.say(f"training {'the parent on the same text (control)' if causal else 'the diffusion model'}")
+    parallelize(denoiser, denoiser.precision, compile=run.compile)
+    loader = build_loader(run, stores, special, layout, process)
+    budget = plan_budget(
+        run.out / arm, lambda: find_budget(config, loader, denoiser, length=recipe.data.length, device=run.device)
+    )
+    annealing = Annealing(round(config.annealing * budget.steps), config.seed)
+    loader = dataclasses.replace(loader, annealing=annealing)
+    few = windows[:: max(1, len(windows) // 6)][:6]
+
+    def heldout() -> float:
+        estimate = score_windows(denoiser, layout, process, few, special, draws=2, seed=1, device=run.device)
+        return estimate.nats_per_token
+
+    settings = {"recipe": json.loads(json.dumps(to_dict(recipe))), "arm": arm}
+    train(
+        denoiser, loader, config, run.out / arm, budget=budget, settings=settings, anneal_ratio=annealing.ratio,
+        heldout=heldout, normalisation=recipe.noise.normalisation, report=lambda p: run.on_step(arm, p),
+    )  # fmt: skip
+    weights = {k.removeprefix("model."): v for k, v in full_model_state(denoiser).items()}
+    seen = budget.steps * budget.tokens_per_step
+    if causal:
+        with runtime.atomic_folder(final) as aside, hub.quiet_transformers():
+            denoiser.model.save_pretrained(aside, state_dict=weights)  # type: ignore[operator]
+            tokenizer.save_pretrained(aside)
+    else:
+        diffusion = {**denoiser.config.diffusion, "tokens_seen": seen}
+        hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=weights, card=card(run, seen))
+
+
+def build_loader(
+    run: Run,
+    stores: dict[str, tuple[TokenStore, TokenStore]],
+    special: SpecialTokens,
+    layout: Full | Block | Causal,
+    process: MaskedDiffusion | None,
+) -> Loader:
+    recipe = run.recipe
+    sequences = [
+        Sequences.cut(stores[s.name][0], recipe.data.length, special, pack=recipe.data.pack)
+        for s in recipe.data.sources
+    ]
+    mixture = Mixture(sequences, [s.weight for s in recipe.data.sources], recipe.train.seed)
+    return Loader(
+        mixture, layout, process, recipe.train.batch, recipe.train.micro_batch, recipe.train.seed,
+        form=recipe.noise.form, complementary=recipe.noise.complementary, fixed_shapes=run.device.type == "cuda",
+    )  # fmt: skip
+
+
+def card(run: Run, tokens: int) -> str:
+    """What a model card says beyond the config."""
+    texts = ", ".join(f"{s.path} (weight {s.weight:g})" for s in run.recipe.data.sources)
+    return f"Recipe `{run.recipe.name}`, {tokens:,} tokens of: {texts}. Measured numbers: see the run's report.\n"
+
+
+def sample_stage(run: Run) -> dict[str, Any]:
+    """Completions by parent and child, infills before and after; computed once."""
+    stored = read_state(run.out).get("samples")
+    if stored:
+        found: dict[str, Any] = stored
+        return found
+    settings = run.recipe.eval
+    run.say("drawing samples")
+    parent, _ = hub.open_model(parent_folder(run), dtype=torch.float32)
+    tokenizer = load_tokenizer(run.out / "init")
+    completions = [
+        {"prompt": p, "parent": greedy(parent.to(run.device).eval(), tokenizer, p, settings.max_tokens)}
+        for p in settings.prompts
+    ]
+    del parent
+    infills: list[dict[str, str]] = [{"prefix": a, "truth": t, "suffix": b} for a, t, b in settings.infills]
+    for what in ("before", "after"):
+        model = hub.load(run.out / _ARMS[what], device=str(run.device), dtype="float32")
+        for row in infills:
+            length = len(encode(tokenizer, row["truth"]))
+            row[what] = infill(model, row["prefix"], row["suffix"], length=length).fills[0]
+        if what == "after":
+            for row in completions:
+                row["after"] = str(generate(model, row["prompt"], max_tokens=settings.max_tokens, steps=settings.steps))
+    text = (
+        f"greedy; {settings.max_tokens} tokens, the diffusion model in {settings.steps} steps, most confident first; "
+        "infills have the true length in tokens, one token a step"
+    )
+    samples = {"completions": completions, "infills": infills, "settings": text}
+    write_state(run.out, samples=samples)
+    return samples
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> str:
+    """The parent's most probable continuation, token by token, through transformers."""
+    special = special_tokens(tokenizer)
+    ids = torch.tensor([[special.bos, *encode(tokenizer, prompt)]], device=model.device)
+    with hub.quiet_transformers():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            pad_token_id=special.pad,
+        )
+    new = out[0, ids.shape[1] :].tolist()
+    for end in (special.eos, special.bos):
+        if end in new:
+            new = new[: new.index(end)]
+    return decode(tokenizer, new)

@@ -1,0 +1,342 @@
+"""A Hugging Face causal language model as a denoiser.
+
+Everything that depends on how a transformers model is built lives here and nowhere else: the head, the mask column,
+`is_causal`, attention masks, and the probe that checks which positions a model really sees. The classes are the stock
+ones: since transformers 5.2 the key `is_causal: false` in a config makes most decoders bidirectional, and the probe
+finds those it does not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layout import NOISY, Denoiser, Full, Rows, visible
+from .runtime import Precision
+
+__all__ = ["Denoiser", "HFDenoiser", "check_attention", "dependency_matrix", "make_bidirectional", "windowed_layers"]
+
+#: Vocabulary entries of the head computed at a time in training: bounds the logits in memory to N x CHUNK.
+CHUNK = 8192
+
+
+class HFDenoiser(nn.Module):
+    """Rows in, predictions of clean tokens out; the module that FSDP shards and the optimizer trains.
+
+    Args:
+        model: a transformers causal LM. `config.is_causal` says what it does without a mask.
+        mask_token_id: suppressed (-inf) wherever a noisy row predicts; None for an autoregressive parent.
+        mask_row_added: the mask token is a row of its own, so no row at all may predict it.
+        precision: autocast for the forward pass, if any.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mask_token_id: int | None,
+        *,
+        mask_row_added: bool = True,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.mask_row_added = mask_row_added
+        self.precision = precision or Precision(next(model.parameters()).dtype)
+        self.config: Any = model.config
+        self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its head."""
+        base = self.model.base_model
+        assert isinstance(base, nn.Module)
+        return base
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output projection (tied or not)."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def nll(self, rows: Rows) -> Tensor:
+        """(N,) float32 nats of the wanted targets, with gradient."""
+        return self(rows, nll=True)
+
+    def forward(self, rows: Rows, *, cache: Any = None, nll: bool = False) -> Tensor:
+        """(N, V) float32 logits, or (N,) nats. Both run inside this forward because FSDP gathers weights around it."""
+        assert cache is None, "caches belong to block decoding"
+        with self.precision.context(rows.ids.device.type):
+            hidden_ND = self.hidden(rows).flatten(0, 1)[rows.source]
+        # In float64 runs (the tests' exact mode) nothing may drop to float32.
+        out_dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        dtype = self.precision.autocast or hidden_ND.dtype
+        weight_VD, bias_V = self.head.weight, self.head.bias
+        suppress_N = self._suppressed(rows)
+        if nll:
+            return ChunkedNLL.apply(
+                hidden_ND.to(dtype), weight_VD, bias_V, rows.target, suppress_N, self.mask_token_id, self.config
+            ).to(out_dtype)
+        logits_NV = (hidden_ND.to(dtype) @ weight_VD.to(dtype).T).to(out_dtype)
+        return suppress(finish_logits(logits_NV, bias_V, self.config), suppress_N, self.mask_token_id)
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """(B, R, D) output of the backbone under the rows' visibility."""
+        kwargs: dict[str, Any] = {"position_ids": rows.position} if self._takes_positions else {}
+        out = self.backbone(
+            input_ids=rows.ids, attention_mask=self.attention_mask(rows), use_cache=False, **kwargs
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def attention_mask(self, rows: Rows) -> Tensor | None:
+        """None where the model's own attention is what the rows ask for (the fast kernels), else 4-D float.
+
+        Float and not bool: eager attention adds a mask, and bool would add 0 or 1. finfo.min and not -inf: a row
+        that sees nothing would be NaN.
+        """
+        own = "causal" if getattr(self.config, "is_causal", True) is not False else "full"
+        if rows.plain and rows.annealed is None and rows.pattern == own:
+            return None
+        if self.config.model_type in ALIBI:
+            raise ValueError(
+                f"{self.config.model_type} adds its positions to the attention mask (ALiBi), so packed, padded, "
+                "annealed and block rows are impossible; use unpadded full attention or another family"
+            )
+        dtype = next(self.model.parameters()).dtype
+        floor = torch.finfo(self.precision.autocast or dtype).min
+        return torch.zeros((), dtype=dtype, device=rows.ids.device).where(visible(rows), floor)[:, None]
+
+    def _suppressed(self, rows: Rows) -> Tensor | None:
+        """Which wanted rows must not predict the mask token, bool (N,); None: no row, or no need to ask."""
+        if self.mask_token_id is None:
+            return None
+        if self.mask_row_added:
+            return torch.ones_like(rows.source, dtype=torch.bool)
+        # A reused mask token is ordinary text too: clean rows may predict it.
+        return rows.stream.reshape(-1)[rows.source] == NOISY
+
+
+ALIBI = ("bloom", "mpt")
+
+
+def finish_logits(logits: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+    """What families do between the projection and the softmax: bias, scale (cohere, granite), soft cap (gemma2)."""
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def suppress(logits_NV: Tensor, rows_N: Tensor | None, column: int | None) -> Tensor:
+    """-inf in one column at the given rows (in place: the logits are this module's own)."""
+    if rows_N is not None and column is not None:
+        logits_NV[:, column] = logits_NV[:, column].masked_fill(rows_N, float("-inf"))
+    return logits_NV
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """Cross-entropy of a linear head, CHUNK vocabulary entries at a time: no N x V tensor, forward or backward.
+
+    Chunks of the vocabulary and not of the rows: each slice of the weight gradient is then written once, where row
+    chunks would add a whole V x D matrix for every chunk. The backward pass computes the logits again, one product
+    more against two N x V float32 tensors kept (benchmarks/train_step.py has the alternatives in the same run).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        suppress_N: Tensor | None,
+        column: int | None,
+        config: Any,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        chunk_of_target_N = target_N // CHUNK
+        lse_N = torch.full((len(hidden_ND),), float("-inf"), dtype=wide, device=hidden_ND.device)
+        hit_N = torch.zeros_like(lse_N)
+        for part in _chunks(len(weight_VD)):
+            logits = _chunk_logits(hidden_ND, weight_VD, bias_V, suppress_N, column, config, part)
+            lse_N = torch.logaddexp(lse_N, torch.logsumexp(logits, -1))
+            inside_N = (target_N - part.start).clamp(0, logits.shape[1] - 1)
+            here = logits.gather(1, inside_N[:, None])[:, 0]
+            hit_N = torch.where(chunk_of_target_N == part.start // CHUNK, here, hit_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, suppress_N, lse_N)
+        ctx.column, ctx.config = column, config
+        return lse_N - hit_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_N,) = grads
+        hidden_ND, weight_VD, bias_V, target_N, suppress_N, lse_N = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden_ND, dtype=grad_N.dtype)
+        grad_weight = torch.empty_like(weight_VD)
+        grad_bias = None if bias_V is None else torch.empty_like(bias_V)
+        cap = getattr(ctx.config, "final_logit_softcapping", None)
+        scale = (getattr(ctx.config, "logit_scale", None) or 1.0) / (getattr(ctx.config, "logits_scaling", None) or 1.0)
+        chunk_of_target_N = target_N // CHUNK
+        for part in _chunks(len(weight_VD)):
+            logits = _chunk_logits(hidden_ND, weight_VD, bias_V, suppress_N, ctx.column, ctx.config, part)
+            slope = 1 - (logits / cap).square() if cap else None  # d tanh
+            grad = logits.sub_(lse_N[:, None]).exp_()
+            inside_N = (target_N - part.start).clamp(0, logits.shape[1] - 1)
+            hit_N = (chunk_of_target_N == part.start // CHUNK).to(grad.dtype)
+            grad.scatter_add_(1, inside_N[:, None], -hit_N[:, None])
+            grad *= grad_N[:, None] * scale
+            if slope is not None:
+                grad = torch.where(grad == 0, grad, grad * slope)  # the suppressed column: 0 * inf
+            small = grad.to(hidden_ND.dtype)
+            grad_hidden += small @ weight_VD[part].to(hidden_ND.dtype)
+            grad_weight[part] = small.T @ hidden_ND
+            if grad_bias is not None:
+                grad_bias[part] = grad.sum(0)
+        return grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, None, None, None, None
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(i, min(i + CHUNK, n)) for i in range(0, n, CHUNK)]
+
+
+def _chunk_logits(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    suppress_N: Tensor | None,
+    column: int | None,
+    config: Any,
+    part: slice,
+) -> Tensor:
+    """(N, CHUNK) logits of one slice of the vocabulary, at least float32."""
+    logits = hidden_ND @ weight_VD[part].to(hidden_ND.dtype).T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = finish_logits(logits, None if bias_V is None else bias_V[part], config)
+    inside = column is not None and part.start <= column < part.stop
+    return suppress(logits, suppress_N, column - part.start) if inside and column is not None else logits
+
+
+# ------------------------------------------------------------------------------------------- which rows see which
+
+
+def make_bidirectional(config: Any) -> list[str]:
+    """Set the config keys that make attention full in both directions; returns what was changed, in words.
+
+    Sliding windows and chunks are made full here, in the config and before a model is built, because a live model
+    refuses it and a 4-D mask would switch them off silently.
+    """
+    changed = []
+    if getattr(config, "sliding_window", None) is not None:
+        changed.append(f"sliding_window {config.sliding_window} -> none")
+        config.sliding_window = None
+    if getattr(config, "use_sliding_window", False):
+        config.use_sliding_window = False
+    types = getattr(config, "layer_types", None)
+    if types and any(kind in ("sliding_attention", "chunked_attention") for kind in types):
+        changed.append("sliding or chunked layers -> full attention")
+        config.layer_types = [
+            "full_attention" if kind in ("sliding_attention", "chunked_attention") else kind for kind in types
+        ]
+    if getattr(config, "attention_chunk_size", None) is not None:
+        config.attention_chunk_size = None
+    config.is_causal = False
+    return changed
+
+
+def windowed_layers(config: Any) -> list[str]:
+    """Config keys that hide distant tokens. A short probe cannot see a window longer than itself; this can."""
+    found = []
+    types = getattr(config, "layer_types", None)
+    if types is None and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        found.append(f"sliding_window = {config.sliding_window}")
+    found += sorted({kind for kind in types or () if kind != "full_attention"})
+    if getattr(config, "attention_chunk_size", None) and types is None:
+        found.append(f"attention_chunk_size = {config.attention_chunk_size}")
+    return found
+
+
+@torch.no_grad()
+def dependency_matrix(denoiser: HFDenoiser, *, length: int = 8, rows: Rows | None = None) -> Tensor:
+    """[i, j] = the output at position i moves when token j changes, bool (length, length).
+
+    One forward of length + 1 sequences. "Moves" means by more than 1e-4 of the largest movement seen, which no
+    rounding reaches and every attended token exceeds by far.
+    """
+    device = next(denoiser.parameters()).device
+    vocabulary = denoiser.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    usable = [t for t in range(min(vocabulary, 4 * length + 8)) if t != denoiser.mask_token_id]
+    assert len(usable) > length, "a vocabulary this small cannot be probed"
+    base_L = torch.tensor(usable[:length], device=device)
+    other_L = torch.tensor(usable[-length:], device=device)
+    ids = base_L.repeat(length + 1, 1)
+    for j in range(length):
+        # A token that is in the sequence nowhere else, so that attention to j must notice.
+        ids[j + 1, j] = other_L[j] if other_L[j] != base_L[j] else usable[length]
+    if rows is None:
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        rows = Full("own").decoding_rows(ids, everything, everything)
+    training = denoiser.training
+    denoiser.eval()
+    hidden = denoiser.hidden(rows).float()
+    denoiser.train(training)
+    moved = (hidden[1:] - hidden[:1]).abs().amax(-1).T
+    return moved > 1e-4 * moved.max()
+
+
+def check_attention(denoiser: HFDenoiser, *, name: str) -> None:
+    """Raise ValueError, naming family and remedy, unless every position sees every other one.
+
+    Attention is probed and never trusted: since transformers 5.2 most families honour `is_causal: false`, but
+    some stay causal without a word.
+    """
+    family = denoiser.config.model_type
+    if windows := windowed_layers(denoiser.config):
+        raise ValueError(
+            f"{name}: {family} has layers that do not see the whole text ({', '.join(windows)}); convert it again with "
+            "`diffulm convert`, or choose a family with full attention in every layer (llama, qwen2, qwen3, gpt2, ...)"
+        )
+    try:
+        matrix = dependency_matrix(denoiser)
+    except Exception as error:  # whatever a family raises when asked for no mask, the answer is the same
+        raise ValueError(
+            f"{name}: {family} cannot run with bidirectional attention in this transformers ({type(error).__name__}: "
+            f"{error}); choose another family (llama, qwen2, qwen3, gpt2, ...)"
+        ) from error
+    if not bool(matrix.all()):
+        blind = int((~matrix).sum())
+        raise ValueError(
+            f"{name}: {family} stays causal or windowed although its config says is_causal: false ({blind} of "
+            f"{matrix.numel()} pairs of positions do not see each other); choose another family (llama, qwen2, qwen3, "
+            "gpt2, ...)"
+        )
+
+
+@torch.no_grad()
+def check_head(denoiser: HFDenoiser, *, name: str, tolerance: float = 1e-3) -> None:
+    """Raise ValueError unless backbone + head gives the logits of the model's own forward."""
+    device = next(denoiser.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None]
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    keep, denoiser.mask_token_id = denoiser.mask_token_id, None
+    try:
+        ours = denoiser(Full("own").decoding_rows(ids, valid, valid))
+        with denoiser.precision.context(device.type):
+            theirs = denoiser.model(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
+    finally:
+        denoiser.mask_token_id = keep
+    scale = theirs.abs().max().clamp(min=1e-6)
+    if float((ours - theirs).abs().max() / scale) > tolerance:
+        raise ValueError(
+            f"{name}: {denoiser.config.model_type} changes its logits after the output projection in a way "
+            "diffulm does not know; please report the family"
+        )

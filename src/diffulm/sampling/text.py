@@ -1,0 +1,260 @@
+"""Text in, text out: `generate` and `infill` over the one loop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..denoiser import HFDenoiser
+from ..hub import Model
+from ..layout import layout_from_config
+from ..process import MaskedDiffusion
+from ..schedule import schedule_from_name
+from ..tokenizer import SpecialTokens, decode, encode, encode_after, special_tokens
+from .canvas import Canvas
+from .denoise import Step, denoise
+from .draw import Draw
+from .policies import Ancestral, Entropy, Margin, Policy, RandomOrder, Threshold, TopConfidence
+
+#: Policies by the names the command line takes.
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "confidence": TopConfidence,
+    "entropy": Entropy,
+    "margin": Margin,
+    "random": RandomOrder,
+    "ancestral": Ancestral,
+    "threshold": Threshold,
+}
+_HOLE = re.compile(r"<hole(?::(\d+))?>")
+
+Watch = Callable[[Canvas, Step], None]
+
+
+class Infilling(str):
+    """The whole text, holes filled; `fills` holds the filled pieces in order."""
+
+    fills: tuple[str, ...]
+
+    def __new__(cls, text: str, fills: Sequence[str] = ()) -> Infilling:
+        self = super().__new__(cls, text)
+        self.fills = tuple(fills)
+        return self
+
+
+def policy_from_name(name: str) -> Policy:
+    """`confidence`, `entropy`, `margin`, `random`, `ancestral`, `threshold` or `threshold:TAU`."""
+    kind, _, value = name.partition(":")
+    if kind == "threshold" and value:
+        try:
+            return Threshold(float(value))
+        except ValueError as error:
+            raise ValueError(f"policy {name!r}: write threshold:TAU with TAU in (0, 1]") from error
+    if kind not in POLICIES or value:
+        raise ValueError(f"unknown policy {name!r}: use {', '.join(POLICIES)} or threshold:TAU")
+    return POLICIES[kind]()
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[str],
+    *,
+    max_tokens: int = 32,
+    steps: int | None = None,
+    policy: str | Policy = "confidence",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> str | list[str]:
+    """Complete a prompt (or several at once, of any lengths); returns the new text only.
+
+    The whole completion of `max_tokens` tokens is denoised together; it ends before the first end-of-text token and
+    before the first of the `stop` strings. Greedy unless a temperature is given: in confidence order that is the usual
+    choice for conditional text. `steps` defaults to one token a step.
+
+    Raises:
+        ValueError: prompt and completion are longer than the model was trained on, or the prompt holds the mask token.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    special = special_tokens(model.tokenizer)
+    encoded = [_given(model, encode(model.tokenizer, text)) for text in prompts]
+    canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
+    ids = _run(model, canvas, steps or max_tokens, policy, Draw(temperature, top_k, top_p), seed, watch)
+    texts = []
+    for given, row in zip(encoded, ids.tolist(), strict=True):
+        new = row[1 + len(given) : 1 + len(given) + max_tokens]
+        texts.append(_ended(model, given, new, special, stop))
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def infill(
+    model: Model,
+    prefix: str,
+    suffix: str | None = None,
+    *,
+    length: int = 8,
+    steps: int | None = None,
+    policy: str | Policy = "confidence",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> Infilling:
+    """Fill one hole between prefix and suffix, or every `<hole>` / `<hole:N>` of a text given as `prefix` alone.
+
+    Returns the whole text (a str) with `.fills`. A hole takes exactly `length` (or N) tokens. What was given is never
+    altered: the result is prefix + fill + suffix, character for character. A space at the end of what stands before
+    a hole is generated with the hole's first word, because tokenizers join it to the word.
+
+    Raises:
+        ValueError: no hole, a hole of no tokens, or a text longer than the model was trained on.
+    """
+    text = prefix if suffix is None else None
+    pieces = [prefix, suffix] if suffix is not None else []
+    lengths = [length]
+    if text is not None:
+        marks = list(_HOLE.finditer(text))
+        lengths = [int(m.group(1) or length) for m in marks]
+        edges = [0, *[e for m in marks for e in m.span()], len(text)]
+        pieces = [text[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2)]
+        if not marks:
+            raise ValueError("the text has no hole; write <hole> or <hole:N> where N tokens are to be filled in")
+    if min(lengths) < 1:
+        raise ValueError("a hole needs at least one token; write <hole:N> with N >= 1")
+    sample: list[int | None] = []
+    for k, piece in enumerate(pieces):
+        before_hole = k < len(lengths)
+        kept = piece.rstrip(" ") if before_hole else piece
+        sample += _given(model, encode(model.tokenizer, kept) if k == 0 else encode_after(model.tokenizer, kept))
+        sample += [None] * (lengths[k] if before_hole else 0)
+    canvas = Canvas.from_holes([sample], special_tokens(model.tokenizer)).to(model.device)
+    ids = _run(model, canvas, steps or sum(lengths), policy, Draw(temperature, top_k, top_p), seed, watch)
+    fills = _fills(model, ids[0].tolist()[1:], sample, pieces)
+    shown = "".join(p + f for p, f in zip(pieces, [*fills, ""], strict=True))
+    return Infilling(shown, fills)
+
+
+def _fills(model: Model, ids: list[int], sample: list[int | None], pieces: list[str]) -> list[str]:
+    """Text of each hole, without the space that belongs to the piece before it."""
+    fills = []
+    at = 0
+    for piece in pieces[:-1]:
+        while sample[at] is not None:
+            at += 1
+        end = at
+        while end < len(sample) and sample[end] is None:
+            end += 1
+        # Decoded behind its context: a first piece by itself may lose its space.
+        before = decode(model.tokenizer, ids[:at])
+        fill = decode(model.tokenizer, ids[:end])
+        fill = fill[len(before) :] if fill.startswith(before) else decode(model.tokenizer, ids[at:end])
+        spaces = len(piece) - len(piece.rstrip(" "))
+        lead = len(fill) - len(fill.lstrip(" "))
+        fills.append(fill[min(spaces, lead) :])
+        at = end
+    return fills
+
+
+def generate_ids(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    max_tokens: int | None = None,
+    max_new_tokens: int = 32,
+    steps: int | None = None,
+    policy: str | Policy = "confidence",
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    **unused: Any,
+) -> Tensor:
+    """Completion for plain transformers users (custom_generate): (B, L) ids in, (B, L + max_tokens) ids out."""
+    diffusion = getattr(model.config, "diffusion", None)
+    if diffusion is None:
+        raise ValueError("this model is no diffusion checkpoint: its config has no `diffusion` entry")
+    bos, mask = model.config.bos_token_id, model.config.mask_token_id
+    eos = model.config.eos_token_id
+    eos = eos[0] if isinstance(eos, list) else eos
+    special = SpecialTokens(eos if bos is None else bos, eos, eos, mask)
+    rows = input_ids.tolist()
+    started = all(row and row[0] == special.bos for row in rows)
+    prompts = [row[1:] if started else row for row in rows]
+    count = max_tokens or max_new_tokens
+    canvas = Canvas.from_prompt(prompts, count, special).to(input_ids.device)
+    denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
+    process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
+    ids = canvas.ids
+    for step in denoise(
+        denoiser, process, canvas, steps=steps or count, policy=_policy(policy), draw=Draw(temperature, top_k, top_p),
+        layout=layout_from_config(diffusion), seeds=range(seed, seed + len(rows)),
+    ):  # fmt: skip
+        ids = step.ids
+    return ids if started else ids[:, 1:]
+
+
+def _policy(policy: str | Policy) -> Policy:
+    return policy_from_name(policy) if isinstance(policy, str) else policy
+
+
+def _run(
+    model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None
+) -> Tensor:
+    limit = int(model.config["trained_length"])
+    if canvas.ids.shape[1] > limit:
+        raise ValueError(
+            f"the canvas has {canvas.ids.shape[1]} tokens with its start token, the model was trained on {limit}; "
+            "shorten the text or the holes"
+        )
+    ids = canvas.ids
+    seeds = [seed * 1_000_003 + b for b in range(len(ids))]
+    for step in denoise(
+        model.denoiser, model.process, canvas, steps=steps, policy=_policy(policy), draw=draw, layout=model.layout,
+        seeds=seeds,
+    ):  # fmt: skip
+        ids = step.ids
+        if watch is not None:
+            watch(canvas, step)
+    return ids
+
+
+def _given(model: Model, ids: list[int]) -> list[int]:
+    if model.process.mask_token_id in ids:
+        raise ValueError(
+            f"the text holds the mask token {model.tokenizer.mask_token!r} itself; remove it, or mark holes with <hole>"
+        )
+    return ids
+
+
+def _ended(model: Model, given: list[int], new: list[int], special: SpecialTokens, stop: Sequence[str]) -> str:
+    """Text of the new tokens up to the first end-of-text token or stop string."""
+    for end in (special.eos, special.bos):
+        if end in new:
+            new = new[: new.index(end)]
+    before = decode(model.tokenizer, given)
+    whole = decode(model.tokenizer, given + new)
+    text = whole[len(before) :] if whole.startswith(before) else decode(model.tokenizer, new)
+    cuts = [text.index(word) for word in stop if word and word in text]
+    return text[: min(cuts)] if cuts else text
+
+
+def pieces_for_view(model: Model, canvas: Canvas, step: Step, sample: int = 0) -> list[tuple[str, str]]:
+    """(text, state) of one sample for `render.DenoisingView`: given, held, new or masked."""
+    out = []
+    ids, new = step.ids[sample].tolist(), step.revealed[sample].tolist()
+    editable, valid = canvas.editable[sample].tolist(), canvas.valid[sample].tolist()
+    for i in range(1, len(ids)):
+        if not valid[i]:
+            break
+        if ids[i] == model.process.mask_token_id:
+            out.append(("", "masked"))
+        else:
+            state = "new" if new[i] else "held" if editable[i] else "given"
+            out.append((decode(model.tokenizer, [ids[i]]), state))
+    return out

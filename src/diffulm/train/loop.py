@@ -1,0 +1,301 @@
+"""The training loop: accumulate, sum, divide once by the global count, clip, step.
+
+Batches and held-out evaluation are handed in as functions; the loop knows neither data nor sampling. Its whole state
+is weights, optimizer moments and the step number: batch n, its noise and the seed of dropout are functions of n.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .. import runtime
+from ..denoiser import HFDenoiser
+from ..layout import Rows
+from ..objective import LEVEL_BINS, diffusion_loss
+from ..runtime import log
+from . import checkpoint
+from .config import TrainConfig
+from .metrics import Metrics
+from .optim import build_optimizer, learning_rate
+
+WARM_UP_MICRO, TIMED_MICRO = 3, 5
+BUDGET = "budget.json"
+
+
+class Batches(Protocol):
+    """What the loop needs of data: the micro-batches of one rank, and the count the global batch is divided by."""
+
+    def rows(self, n: int, rank: int = 0, world: int = 1) -> list[Rows]: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps to run, tokens per step, and how it was found; stored in every checkpoint and reused on resume."""
+
+    steps: int
+    tokens_per_step: int
+    tokens_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Handed to `report` after each step. `loss` in nats per token; `left` seconds, estimated."""
+
+    step: int
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    loss: float
+    learning_rate: float
+    left: float
+    heldout: float | None
+
+
+def find_budget(
+    config: TrainConfig, batches: Batches, denoiser: HFDenoiser, *, length: int, device: torch.device
+) -> Budget:
+    """The budget in optimizer steps.
+
+    Minutes become steps by timing: 3 micro-batches to warm up and 5 timed, forward, backward and one optimizer
+    update per global batch; the gradients are thrown away and no weight changes.
+    """
+    per_step = config.batch * length
+    if config.steps is not None:
+        return Budget(config.steps, per_step)
+    if config.tokens is not None:
+        return Budget(max(1, config.tokens // per_step), per_step)
+    if config.minutes is None:
+        raise ValueError("the recipe has no budget; set train.steps, train.tokens or train.minutes")
+    rank, world = runtime.rank_and_world()
+    micros = [rows for n in range(WARM_UP_MICRO + TIMED_MICRO) for rows in batches.rows(n, rank, world)]
+    seconds = []
+    for rows in micros[: WARM_UP_MICRO + TIMED_MICRO]:
+        start = time.perf_counter()
+        diffusion_loss(denoiser, rows.to(device)).sum.backward()
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    timed = seconds[min(WARM_UP_MICRO, len(seconds) - 1) :]
+    update = _time_update(denoiser)
+    denoiser.zero_grad(set_to_none=True)
+    per_batch = len(batches.rows(0, rank, world)) * sum(timed) / len(timed) + update
+    speed = per_step / per_batch
+    steps = max(1, round(config.minutes * 60 / per_batch))
+    log.info("timed %.0f tokens/s: %g minutes are %d steps", speed, config.minutes, steps)
+    return Budget(steps, per_step, speed)
+
+
+def plan_budget(folder: Path, find: Callable[[], Budget]) -> Budget:
+    """The budget stored in a run's folder, or the one found now: a resumed run keeps its number of steps."""
+    path = folder / BUDGET
+    if path.is_file():
+        return Budget(**runtime.read_json(path))
+    budget = find()
+    if runtime.rank_and_world()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        runtime.write_atomic(path, json.dumps(dataclasses.asdict(budget)))
+    return budget
+
+
+def _time_update(module: nn.Module) -> float:
+    """Seconds of clipping and an AdamW update of these parameters, at rate 0: no weight changes."""
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.grad is not None], lr=0.0, fused=True)
+    optimizer.step()  # allocates the moments
+    start = time.perf_counter()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def train(
+    denoiser: HFDenoiser,
+    batches: Batches,
+    config: TrainConfig,
+    out: Path,
+    *,
+    budget: Budget,
+    settings: dict[str, Any],
+    anneal_ratio: Callable[[int], float] = lambda _: 1.0,
+    heldout: Callable[[], float] | None = None,
+    normalisation: Any = "nelbo",
+    report: Callable[[Progress], None] = lambda _: None,
+    tensorboard: bool = False,
+) -> None:
+    """Train to the end of the budget, resuming from the newest whole checkpoint in `out`.
+
+    Args:
+        denoiser: FSDP-sharded or not.
+        batches: global batch n as micro-batches of rows.
+        out: folder of checkpoints and metrics.jsonl.
+        budget: steps to run (`plan_budget` finds it once and keeps it).
+        settings: recipe and whatever else must agree between a checkpoint and a resume; compared and stored.
+        heldout: called without gradient a few times a run; nats per token.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint of the last completed step was written first.
+        ValueError: the checkpoint in `out` was made with other settings.
+    """
+    rank, world = runtime.rank_and_world()
+    optimizer = build_optimizer(denoiser, config)
+    found = checkpoint.latest(out)
+    step, seconds = 0, 0.0
+    if found:
+        path, state = found
+        check_settings(state["settings"], settings, path)
+        checkpoint.restore(path, state, denoiser, optimizer)
+        step, seconds = state["step"], state["seconds"]
+        if step < budget.steps:
+            log.info("resuming at step %d of %d", step, budget.steps)
+    metrics = Metrics(out, from_step=step, tensorboard=tensorboard) if rank == 0 else None
+
+    def save() -> None:
+        state = {"step": step, "seconds": seconds, "budget": vars(budget), "settings": settings}
+        checkpoint.save(out, denoiser, optimizer, state, keep=config.keep)
+
+    every = max(1, budget.steps // max(1, config.heldout_evaluations))
+    saved_at = time.monotonic()
+    denoiser.train()
+    with _interruptions() as interrupted:
+        while step < budget.steps and not interrupted:
+            started = time.perf_counter()
+            rate = learning_rate(config, (step + 1) / budget.steps)
+            done = train_step(
+                denoiser, optimizer, batches.rows(step, rank, world), step, rate, config, normalisation, interrupted
+            )
+            if done is None:
+                break
+            loss, grad_norm, by_level = done
+            step += 1
+            took = time.perf_counter() - started
+            seconds += took
+            score = None
+            if heldout is not None and (step % every == 0 or step == budget.steps):
+                denoiser.eval()
+                with torch.no_grad():
+                    score = heldout()
+                denoiser.train()
+            speed = budget.tokens_per_step / took
+            if metrics:
+                metrics.write({
+                    "step": step, "tokens": step * budget.tokens_per_step, "seconds": round(seconds, 3), "loss": loss,
+                    "learning_rate": rate, "annealing": anneal_ratio(step - 1), "tokens_per_second": round(speed, 1),
+                    "grad_norm": grad_norm, "heldout": score, "by_level": by_level,
+                })  # fmt: skip
+                left = (budget.steps - step) * seconds / step
+                report(Progress(step, budget.steps, step * budget.tokens_per_step, speed, loss, rate, left, score))
+            if step < budget.steps and time.monotonic() - saved_at > config.checkpoint_minutes * 60:
+                save()
+                saved_at = time.monotonic()
+        if step > 0 and not (found and found[1]["step"] == step):
+            save()
+    if metrics:
+        metrics.close()
+    if step < budget.steps:
+        raise KeyboardInterrupt
+
+
+def train_step(
+    denoiser: HFDenoiser,
+    optimizer: torch.optim.Optimizer,
+    micros: list[Rows],
+    step: int,
+    rate: float,
+    config: TrainConfig,
+    normalisation: Any = "nelbo",
+    interrupted: list[int] | tuple[()] = (),
+) -> tuple[float, float, list[list[float]]] | None:
+    """One optimizer step; (loss per token, gradient norm, nats and count per noise level), or None if interrupted.
+
+    The count is summed over all micro-batches and ranks first, and every loss sum is divided by it: accumulation
+    and data parallelism change nothing.
+    """
+    device = next(denoiser.parameters()).device
+    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where a parent has it
+    world = runtime.rank_and_world()[1]
+    count = sum(rows.maskable if normalisation == "nelbo" else rows.noised for rows in micros)
+    totals = torch.zeros(2, dtype=torch.float64)
+    by_level = torch.zeros(LEVEL_BINS, 2)
+    totals[1] = count
+    _all_reduce(totals, device)
+    count = max(1, int(totals[1]))
+    optimizer.zero_grad(set_to_none=True)
+    sums = []
+    for rows in micros:
+        loss = diffusion_loss(denoiser, rows.to(device), normalisation=normalisation)
+        # FSDP averages gradients over the ranks; times the world size makes it a sum.
+        (loss.sum * (world / count)).backward()
+        sums.append(loss.sum.detach())
+        by_level += loss.by_level.cpu() if device.type == "cpu" else 0
+        if interrupted:
+            optimizer.zero_grad(set_to_none=True)
+            return None
+    norm = nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip)
+    norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if not math.isfinite(norm_value):
+        raise FloatingPointError(
+            f"the gradient of step {step + 1} is not finite; lower train.learning_rate or train.clip"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    total = torch.stack(sums).sum().double().cpu().reshape(1)
+    _all_reduce(total, device)
+    return float(total[0]) / count, norm_value, [[round(float(a), 4), int(b)] for a, b in by_level]
+
+
+def check_settings(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """ValueError that names the keys in which a checkpoint and this run differ."""
+    different = [
+        f"{k}: {stored.get(k)!r} there, {now.get(k)!r} here" for k in {**stored, **now} if stored.get(k) != now.get(k)
+    ]
+    if different:
+        raise ValueError(
+            f"{path.parent} was trained with other settings ({'; '.join(different[:4])}); use another --out"
+        )
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """A list that Ctrl-C and SIGTERM fill, so that a step is never cut in half; a second Ctrl-C ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        log.warning("stopping after this micro-batch; a checkpoint follows (again to stop at once)")
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals go elsewhere
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _all_reduce(values: torch.Tensor, device: torch.device) -> None:
+    if runtime.rank_and_world()[1] > 1:
+        import torch.distributed as dist
+
+        moved = values.to(device)
+        dist.all_reduce(moved)
+        values.copy_(moved)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
