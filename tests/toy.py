@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -54,11 +55,14 @@ class Table:
         return cls({ids: rng.dirichlet(np.ones(V) * 0.7, size=L) for ids in itertools.product(range(V + 1), repeat=L)})
 
     def __call__(self, rows: Rows, *, cache: object = None) -> Tensor:
-        flat = []
-        for source in rows.source.tolist():
-            b, i = divmod(source, L)
-            flat.append(np.append(self.rows[tuple(rows.ids[b].tolist())][i], 0.0))
-        return torch.from_numpy(np.array(flat).reshape(-1, V + 1)).log()
+        states_B = (rows.ids * torch.tensor([(V + 1) ** (L - 1 - i) for i in range(L)])).sum(1)
+        return self.log_probs[states_B].flatten(0, 1)[rows.source]
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """(states, L, V + 1): every row at once, states in the order of `itertools.product`; the mask has mass 0."""
+        states = itertools.product(range(V + 1), repeat=L)
+        return torch.from_numpy(np.stack([np.pad(self.rows[ids], ((0, 0), (0, 1))) for ids in states])).log()
 
     def nll(self, rows: Rows) -> Tensor:
         return -self(rows).gather(1, rows.target[:, None])[:, 0]

@@ -26,7 +26,8 @@ import torch
 from . import hub, runtime
 from .convert import convert
 from .data.loader import Loader, Mixture, Sequences
-from .data.prepare import Source, prepare
+from .data.prepare import prepare
+from .data.sources import Source
 from .data.tokens import TokenStore
 from .denoiser import HFDenoiser
 from .eval.likelihood import Estimate, Window, cut_windows, score_windows

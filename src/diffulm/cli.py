@@ -200,8 +200,8 @@ def prepare(
         json: Print the statistics as JSON.
     """
     from . import hub
-    from .data.prepare import Source
     from .data.prepare import prepare as job
+    from .data.sources import Source
     from .tokenizer import load_tokenizer
 
     if not text:

@@ -75,7 +75,7 @@ def convert(
     if block_size is not None:
         diffusion["block_size"] = block_size
     schedule_from_name(schedule)
-    layout_from_config(diffusion)
+    promised = layout_from_config(diffusion)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something; choose a new folder")
@@ -97,8 +97,7 @@ def convert(
     # Sliding windows are removed in the config, so the probed model must be built from it, not patched.
     model = rebuild(model)
     denoiser = HFDenoiser(model, tokenizer.mask_token_id)
-    if layout == "full":
-        check_attention(denoiser, name=parent)
+    check_attention(denoiser, name=parent, layout=promised)
     check_head(denoiser, name=parent)
     hub.save(out, model, tokenizer, diffusion)
     assert isinstance(tokenizer.mask_token, str) and isinstance(tokenizer.bos_token, str)

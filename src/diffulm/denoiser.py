@@ -8,13 +8,14 @@ finds those it does not.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layout import NOISY, Denoiser, Full, Rows, visible
+from .layout import NOISY, Block, Causal, Denoiser, Full, Pattern, Rows, visible
 from .runtime import Precision
 
 __all__ = ["Denoiser", "HFDenoiser", "check_attention", "dependency_matrix", "make_bidirectional", "windowed_layers"]
@@ -53,6 +54,8 @@ class HFDenoiser(nn.Module):
     def backbone(self) -> nn.Module:
         """The model without its head."""
         base = self.model.base_model
+        if base is self.model:  # llama4: a class whose prefix names nothing it has
+            base = self.model.model
         assert isinstance(base, nn.Module)
         return base
 
@@ -87,11 +90,14 @@ class HFDenoiser(nn.Module):
     def hidden(self, rows: Rows) -> Tensor:
         """(B, R, D) output of the backbone under the rows' visibility."""
         kwargs: dict[str, Any] = {"position_ids": rows.position} if self._takes_positions else {}
-        out = self.backbone(
-            input_ids=rows.ids, attention_mask=self.attention_mask(rows), use_cache=False, **kwargs
-        )
+        out = self.backbone(input_ids=rows.ids, attention_mask=self.attention_mask(rows), use_cache=False, **kwargs)
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    @property
+    def own_pattern(self) -> Pattern:
+        """What the model does without a mask, by its config."""
+        return "causal" if getattr(self.config, "is_causal", True) is not False else "full"
 
     def attention_mask(self, rows: Rows) -> Tensor | None:
         """None where the model's own attention is what the rows ask for (the fast kernels), else 4-D float.
@@ -99,8 +105,7 @@ class HFDenoiser(nn.Module):
         Float and not bool: eager attention adds a mask, and bool would add 0 or 1. finfo.min and not -inf: a row
         that sees nothing would be NaN.
         """
-        own = "causal" if getattr(self.config, "is_causal", True) is not False else "full"
-        if rows.plain and rows.annealed is None and rows.pattern == own:
+        if rows.plain and rows.annealed is None and rows.pattern == self.own_pattern:
             return None
         if self.config.model_type in ALIBI:
             raise ValueError(
@@ -232,92 +237,117 @@ def _chunk_logits(
 def make_bidirectional(config: Any) -> list[str]:
     """Set the config keys that make attention full in both directions; returns what was changed, in words.
 
-    Sliding windows and chunks are made full here, in the config and before a model is built, because a live model
-    refuses it and a 4-D mask would switch them off silently.
+    Sliding windows and chunks are opened here, in the config and before a model is built, because a live model
+    refuses it and a 4-D mask would switch them off silently. Where layers have types, the window is made as wide as
+    the model and the types stay: gemma3 and olmo3 rotate positions by another base in sliding layers, and classes
+    with types ask for a window even when no layer uses it. Chunked layers stay causal at any width, so they change.
     """
     changed = []
-    if getattr(config, "sliding_window", None) is not None:
-        changed.append(f"sliding_window {config.sliding_window} -> none")
-        config.sliding_window = None
-    if getattr(config, "use_sliding_window", False):
-        config.use_sliding_window = False
     types = getattr(config, "layer_types", None)
-    if types and any(kind in ("sliding_attention", "chunked_attention") for kind in types):
-        changed.append("sliding or chunked layers -> full attention")
-        config.layer_types = [
-            "full_attention" if kind in ("sliding_attention", "chunked_attention") else kind for kind in types
-        ]
-    if getattr(config, "attention_chunk_size", None) is not None:
-        config.attention_chunk_size = None
+    everything = _positions(config) if types else None
+    for key in ("sliding_window", "attention_chunk_size"):
+        width = getattr(config, key, None)
+        if width is not None and (everything is None or width < everything):
+            changed.append(f"{key} {width} -> {everything or 'none'}")
+            setattr(config, key, everything)
+    if types is None and getattr(config, "use_sliding_window", False):
+        config.use_sliding_window = False
+    if types and "chunked_attention" in types:
+        changed.append("chunked layers -> full attention")
+        config.layer_types = ["full_attention" if kind == "chunked_attention" else kind for kind in types]
     config.is_causal = False
     return changed
+
+
+def _positions(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
 
 def windowed_layers(config: Any) -> list[str]:
     """Config keys that hide distant tokens. A short probe cannot see a window longer than itself; this can."""
     found = []
     types = getattr(config, "layer_types", None)
-    if types is None and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        found.append(f"sliding_window = {config.sliding_window}")
-    found += sorted({kind for kind in types or () if kind != "full_attention"})
-    if getattr(config, "attention_chunk_size", None) and types is None:
-        found.append(f"attention_chunk_size = {config.attention_chunk_size}")
+    window, chunk = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    if types is None:
+        if window and getattr(config, "use_sliding_window", True):
+            found.append(f"sliding_window = {window}")
+        if chunk:
+            found.append(f"attention_chunk_size = {chunk}")
+        return found
+    narrow = window is None or window < _positions(config)
+    for kind in sorted(set(types) - {"full_attention"}):
+        if kind != "sliding_attention":
+            found.append(str(kind))
+        elif narrow:
+            found.append(f"sliding_attention over {window} tokens")
     return found
 
 
 @torch.no_grad()
-def dependency_matrix(denoiser: HFDenoiser, *, length: int = 8, rows: Rows | None = None) -> Tensor:
-    """[i, j] = the output at position i moves when token j changes, bool (length, length).
+def dependency_matrix(denoiser: HFDenoiser, *, length: int = 8, layout: Full | Block | None = None) -> Tensor:
+    """[i, j] = the output of row i moves when the token of row j changes, bool (R, R); layout None: full, R = length.
 
-    One forward of length + 1 sequences. "Moves" means by more than 1e-4 of the largest movement seen, which no
-    rounding reaches and every attended token exceeds by far.
+    One forward of R + 1 sequences. "Moves" means by more than 1e-4 of the largest movement seen, which no rounding
+    reaches and every attended token exceeds by far.
     """
     device = next(denoiser.parameters()).device
+    one = _probe_rows(layout or Full("own"), length).to(device)
+    R = one.ids.shape[1]
     vocabulary = denoiser.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    usable = [t for t in range(min(vocabulary, 4 * length + 8)) if t != denoiser.mask_token_id]
-    assert len(usable) > length, "a vocabulary this small cannot be probed"
-    base_L = torch.tensor(usable[:length], device=device)
-    other_L = torch.tensor(usable[-length:], device=device)
-    ids = base_L.repeat(length + 1, 1)
-    for j in range(length):
+    usable = torch.tensor([t for t in range(min(vocabulary, 4 * R)) if t != denoiser.mask_token_id], device=device)
+    if len(usable) <= R:
+        raise ValueError(f"a vocabulary of {vocabulary} tokens is too small to probe attention with")
+    ids = usable[:R].repeat(R + 1, 1)
+    for j in range(R):
         # A token that is in the sequence nowhere else, so that attention to j must notice.
-        ids[j + 1, j] = other_L[j] if other_L[j] != base_L[j] else usable[length]
-    if rows is None:
-        everything = torch.ones_like(ids, dtype=torch.bool)
-        rows = Full("own").decoding_rows(ids, everything, everything)
+        ids[j + 1, j] = usable[R + j % (len(usable) - R)]
+    per_row = ("position", "stream", "block", "document", "valid")
+    many = {name: getattr(one, name).expand(R + 1, R) for name in per_row}
     training = denoiser.training
     denoiser.eval()
-    hidden = denoiser.hidden(rows).float()
+    hidden = denoiser.hidden(dataclasses.replace(one, ids=ids, **many)).float()
     denoiser.train(training)
     moved = (hidden[1:] - hidden[:1]).abs().amax(-1).T
     return moved > 1e-4 * moved.max()
 
 
-def check_attention(denoiser: HFDenoiser, *, name: str) -> None:
-    """Raise ValueError, naming family and remedy, unless every position sees every other one.
+def _probe_rows(layout: Full | Block, length: int) -> Rows:
+    """Rows of one sequence of a layout, every token wanted; a block layout gets two blocks at least."""
+    if isinstance(layout, Block):
+        layout = dataclasses.replace(layout, size=min(layout.size, length // 2))
+    ids = torch.zeros(1, length, dtype=torch.long)
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    wanted = everything.clone()
+    wanted[:, 0] = False
+    return layout.decoding_rows(ids, everything, wanted)
+
+
+def check_attention(denoiser: HFDenoiser, *, name: str, layout: Full | Block | None = None) -> None:
+    """Raise ValueError, naming family and remedy, unless every row sees what the layout promises, and no more.
 
     Attention is probed and never trusted: since transformers 5.2 most families honour `is_causal: false`, but
-    some stay causal without a word.
+    some stay causal without a word. Layout None means full: every position sees every other one.
     """
     family = denoiser.config.model_type
-    if windows := windowed_layers(denoiser.config):
+    layout = layout or Full("own")
+    other = "choose another family (llama, qwen2, qwen3, gpt2, ...)"
+    if layout.name == "full" and (windows := windowed_layers(denoiser.config)):
         raise ValueError(
-            f"{name}: {family} has layers that do not see the whole text ({', '.join(windows)}); convert it again with "
-            "`diffulm convert`, or choose a family with full attention in every layer (llama, qwen2, qwen3, gpt2, ...)"
+            f"{name}: {family} has layers that do not see the whole text ({', '.join(windows)}); windows are opened by "
+            f"`diffulm convert`, recurrent and convolutional layers cannot be: {other}"
         )
     try:
-        matrix = dependency_matrix(denoiser)
-    except Exception as error:  # whatever a family raises when asked for no mask, the answer is the same
+        matrix = dependency_matrix(denoiser, layout=layout)
+    except Exception as error:  # whatever a family raises when asked for this attention, the answer is the same
         raise ValueError(
-            f"{name}: {family} cannot run with bidirectional attention in this transformers ({type(error).__name__}: "
-            f"{error}); choose another family (llama, qwen2, qwen3, gpt2, ...)"
+            f"{name}: {family} cannot run with {layout.name} attention in this transformers ({type(error).__name__}: "
+            f"{error}); {other}"
         ) from error
-    if not bool(matrix.all()):
-        blind = int((~matrix).sum())
+    promised = visible(_probe_rows(layout, 8))[0].to(matrix.device)
+    if wrong := int((matrix != promised).sum()):
         raise ValueError(
-            f"{name}: {family} stays causal or windowed although its config says is_causal: false ({blind} of "
-            f"{matrix.numel()} pairs of positions do not see each other); choose another family (llama, qwen2, qwen3, "
-            "gpt2, ...)"
+            f"{name}: {family} stays causal, windowed or recurrent whatever it is told ({wrong} of {matrix.numel()} "
+            f"pairs of positions are not as {layout.name} attention needs them); {other}"
         )
 
 
@@ -327,11 +357,14 @@ def check_head(denoiser: HFDenoiser, *, name: str, tolerance: float = 1e-3) -> N
     device = next(denoiser.parameters()).device
     ids = torch.arange(1, 9, device=device)[None]
     valid = torch.ones_like(ids, dtype=torch.bool)
+    wanted = valid.clone()
+    wanted[:, 0] = False
+    layout = Causal() if denoiser.own_pattern == "causal" else Full()
     keep, denoiser.mask_token_id = denoiser.mask_token_id, None
     try:
-        ours = denoiser(Full("own").decoding_rows(ids, valid, valid))
+        ours = denoiser(layout.decoding_rows(ids, valid, wanted))
         with denoiser.precision.context(device.type):
-            theirs = denoiser.model(input_ids=ids, use_cache=False).logits[0].to(ours.dtype)
+            theirs = denoiser.model(input_ids=ids, use_cache=False).logits[0, :-1].to(ours.dtype)
     finally:
         denoiser.mask_token_id = keep
     scale = theirs.abs().max().clamp(min=1e-6)

@@ -271,8 +271,7 @@ def load(
     denoiser = HFDenoiser(
         model.to(where).eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)), precision=precision
     )
-    if diffusion["layout"] == "full":
-        check_attention(denoiser, name=str(path_or_id))
+    check_attention(denoiser, name=str(path_or_id), layout=layout_from_config(diffusion))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), float(diffusion["t_min"]))
     return Model(denoiser, tokenizer, process, diffusion, str(path_or_id))
 
@@ -306,7 +305,7 @@ def upgrade(diffusion: dict[str, Any], *, name: str) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- write
 
-_GENERATE = '''"""Sampling for plain transformers: model.generate(ids, custom_generate=FOLDER, trust_remote_code=True)."""
+_GENERATE = '''"""For plain transformers: model.generate(ids, custom_generate=FOLDER, trust_remote_code=True)."""
 
 
 def generate(inputs=None, *, model, input_ids=None, **kwargs):

@@ -297,6 +297,8 @@ def layout_from_config(diffusion: dict[str, Any]) -> Full | Block:
     if name == "full":
         return Full(diffusion.get("source", "previous"))
     if name == "block":
+        if "block_size" not in diffusion:
+            raise ValueError("the block layout needs a block size; give block_size = 8, say")
         return Block(int(diffusion["block_size"]), diffusion.get("source", "own"))
     raise ValueError(f"layout {name!r} is not known to this version of diffulm; it knows full and block")
 

@@ -22,8 +22,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diffulm.data import prepare as module
-from diffulm.data.prepare import Document, Source, prepare
+from diffulm.data import sources
+from diffulm.data.prepare import prepare
+from diffulm.data.sources import Document, Source
+from diffulm.data.split import ngrams
 from diffulm.data.tokens import ShardWriter, TokenStore
 from diffulm.tokenizer import fingerprint
 
@@ -215,7 +217,7 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
 
 def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = iter(range(9))
-    monkeypatch.setattr(module, "_read_topics", lambda: iter([Document("x", f"text {next(reads)}", "")]))
+    monkeypatch.setattr(sources, "_read_topics", lambda: iter([Document("x", f"text {next(reads)}", "")]))
     with pytest.raises(ValueError, match="changed while it was read"):
         run(tmp_path / "out", Source("a", "builtin:topics"))
     assert not (tmp_path / "out/prepare.json").exists()
@@ -293,9 +295,9 @@ def test_thirteen_grams_of_heldout_text_are_found_in_the_train_text_of_any_sourc
 
 def test_ngrams_heed_the_order_of_words() -> None:
     words = [f"w{i}" for i in range(14)]
-    assert len(np.intersect1d(module.ngrams(" ".join(words)), module.ngrams(" ".join(words[::-1])))) == 0
-    assert module.ngrams(" ".join(words))[1] == module.ngrams(" \n".join(words[1:]))[0]
-    assert len(module.ngrams("too short")) == 0
+    assert len(np.intersect1d(ngrams(" ".join(words)), ngrams(" ".join(words[::-1])))) == 0
+    assert ngrams(" ".join(words))[1] == ngrams(" \n".join(words[1:]))[0]
+    assert len(ngrams("too short")) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -303,7 +305,7 @@ def test_ngrams_heed_the_order_of_words() -> None:
 
 def read(tmp_path: Path, path: Path | str, **options: Any) -> list[tuple[str, str]]:
     (tmp_path / "cache").mkdir(exist_ok=True)
-    reader = module._open(Source("s", str(path), **options), tmp_path / "cache")
+    reader = sources.open_source(Source("s", str(path), **options), tmp_path / "cache")
     documents = [(document.id, document.text) for document in reader()]
     assert [(document.id, document.text) for document in reader()] == documents
     return documents
@@ -446,11 +448,37 @@ def test_a_source_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run(tmp_path / "out", Source("a", path))
 
 
+def test_train_documents_that_repeat_held_out_passages_are_left_out(tmp_path: Path) -> None:
+    texts = [" ".join(f"w{i}x{j}" for j in range(60)) for i in range(40)]
+    clean = jsonl(tmp_path / "clean.jsonl", texts)
+    run(tmp_path / "first", clean, heldout_fraction=0.2)
+    held = texts_in(tmp_path / "first", "clean", "heldout")
+    train = texts_in(tmp_path / "first", "clean", "train")
+    # One train document quotes 40 words of a held-out one, another only 20 (8 shared 13-grams).
+    quoting, mentioning = " ".join(held[0].split()[:40]) + " and more", " ".join(held[0].split()[:20]) + " and less"
+    for name, extra in (("quotes", [quoting, mentioning]), ("again", [mentioning, quoting])):
+        source = jsonl(tmp_path / f"{name}.jsonl", train + held + extra)
+        found = run(tmp_path / name, source, heldout_fraction=0.2)["sources"][name]
+        kept = texts_in(tmp_path / name, name, "train")
+        if quoting in texts_in(tmp_path / name, name, "heldout"):
+            pytest.skip("the hash put the quotation among the held-out documents")
+        assert quoting not in kept and mentioning in both(tmp_path / name, name)
+        assert found["repeats_left_out"] >= 1 and found["ngram13"]["overlap"] < 0.05
+
+
+def test_shared_boilerplate_is_kept_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    licence = " ".join(f"licence{j}" for j in range(60))
+    source = jsonl(tmp_path / "files.jsonl", [f"{licence} file {i}" for i in range(40)])
+    found = run(tmp_path / "out", source, heldout_fraction=0.2)["sources"]["files"]
+    assert found["repeats_left_out"] == 0 and found["train"]["documents"] + found["heldout"]["documents"] == 40
+    assert "share passages" in caplog.text and found["ngram13"]["overlap"] > 0.8
+
+
 # ------------------------------------------------------------------------------------------------------ built in
 
 
 def test_topics_are_all_there(tmp_path: Path) -> None:
-    report = run(tmp_path / "out", Source("topics", "builtin:topics"))
+    report = run(tmp_path / "out", Source("topics", "builtin:topics"), heldout_fraction=0.0)
     entry = report["sources"]["topics"]
     assert sorted(both(tmp_path / "out", "topics")) == sorted(set(topics.values()))
     assert entry["duplicates"] == len(topics) - len(set(topics.values()))
