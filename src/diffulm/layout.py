@@ -371,7 +371,7 @@ def _rows(
 
 @dataclass(frozen=True)
 class Annealing:
-    """Attention annealing (arXiv 2410.17891 section 3.2): causal attention opens at random over `steps` steps.
+    """Attention annealing (arXiv 2410.17891): causal attention opens at random over `steps` steps.
 
     At step k one Bernoulli(r) matrix with r = min(1, (k + 1) / steps) is OR-ed with the causal one, for the whole
     batch, all heads and all layers. Once r = 1 there is no matrix, so the fast unmasked kernels run.

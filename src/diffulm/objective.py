@@ -30,7 +30,7 @@ class Loss:
 
 
 def diffusion_loss(denoiser: Denoiser, rows: Rows, *, normalisation: Normalisation = "nelbo") -> Loss:
-    """The bound of arXiv 2410.17891 equation 6 on one micro-batch of rows, as a sum in nats and a count.
+    """The continuous-time objective of arXiv 2410.17891 on one micro-batch of rows, as a sum in nats and a count.
 
     `normalisation` "nelbo" counts the maskable tokens (sum / count is the bound per token); "masked" counts the
     noised ones, as the paper's released code does (about twice as large, a ratio estimator).

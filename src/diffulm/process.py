@@ -4,7 +4,7 @@ The vocabulary of the whole package. t = 0 clean, t = 1 fully masked; `alpha(t)`
 clean; losses in nats; bool masks, True = yes. `maskable` = may be noised. A *level* is a noise quantile u in [0, 1).
 Shape suffixes: B batch, L length, G noise groups (blocks; 1 for a whole sequence), R rows, N wanted rows, V vocabulary.
 
-The continuous-time bound (arXiv 2410.17891 equation 6) is an integral over t of weight(t) times the cross-entropy of
+The continuous-time bound (arXiv 2410.17891) is an integral over t of weight(t) times the cross-entropy of
 the masked tokens. Its *count form* draws instead the number l of masked tokens uniformly from 1..n and weights by
 n / l: the same mean as the rate form at t_min = 0, without the noise of the count (docs/concepts/paper.md).
 """

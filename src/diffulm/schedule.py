@@ -2,7 +2,7 @@
 
 t = 0 is clean, t = 1 is fully masked. A schedule gives alpha(t), the probability that a token is still clean,
 and the weight of the masked cross-entropy in the continuous-time bound, -alpha'(t) / (1 - alpha(t))
-(arXiv 2410.17891 equation 6; MD4, arXiv 2406.04329, section 3). Linear: alpha = 1 - t and the weight is 1/t.
+(continuous-time objective of arXiv 2410.17891; MD4, arXiv 2406.04329). Linear: alpha = 1 - t and the weight is 1/t.
 Adding a schedule is adding one class here and naming it in `SCHEDULES`.
 """
 
@@ -37,7 +37,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Cosine:
-    """alpha(t) = 1 - cos(pi/2 (1 - t)): more of the time is spent at light noise (MD4, table 1)."""
+    """alpha(t) = 1 - cos(pi/2 (1 - t)): more of the time is spent at light noise (MD4)."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - (math.pi / 2 * (1 - t)).cos()
@@ -48,7 +48,7 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Polynomial:
-    """alpha(t) = 1 - t**power (MD4, table 1); power = 1 is `Linear`."""
+    """alpha(t) = 1 - t**power (MD4); power = 1 is `Linear`."""
 
     power: float = 2.0
 

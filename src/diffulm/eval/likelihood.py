@@ -238,7 +238,7 @@ def paired_gain(before: Estimate, after: Estimate, windows: Sequence[Window]) ->
 
 
 def nelbo(model: Model, texts: Sequence[str], *, draws: int = 8, seed: int = 0, batch: int = 4) -> Estimate:
-    """The bound of texts under a diffusion model (arXiv 2410.17891 equation 6, count form).
+    """The bound of texts under a diffusion model (continuous-time objective of arXiv 2410.17891, count form).
 
     Each document is cut into windows of trained_length - 1 tokens behind a start token.
     """

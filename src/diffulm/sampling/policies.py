@@ -26,7 +26,7 @@ class Policy(Protocol):
 class Ancestral:
     """Each masked token is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t), on its own.
 
-    The reverse process itself (arXiv 2410.17891 section 3.1). With T steps the law misses the model's by the tokens
+    The reverse process itself (D3PM, arXiv 2107.03006). With T steps the law misses the model's by the tokens
     that are revealed together; it is exact only as T grows.
     """
 
