@@ -170,9 +170,7 @@ def main() -> None:
     gradient = VOCAB * WIDTH * 4
     above = {which: value - gradient for which, value in memory.items()}
     for which, value in memory.items():
-        print(
-            f"head + loss, {which}: {above[which] / 1e6:.0f} MB above the weight's gradient, {value / 1e6:.0f} MB with it"
-        )
+        print(f"head + loss, {which}: {above[which] / 1e6:.0f} MB above the weight gradient, {value / 1e6:.0f} with it")
     print(
         f"memory ratio {above['ours'] / above['naive']:.3f} ({memory['ours'] / memory['naive']:.3f} with the gradient)"
     )

@@ -30,7 +30,8 @@ class Step:
     ids (B, L) int64; masked and eligible (B, L) bool: masked when the step began, and of these the ones it may
     reveal; log_probs (M, V): the model's log-probabilities at the masked positions in row-major order; proposal
     (B, L): the token drawn for each masked position; uniforms: (B, L) float64 for "reveal" and "order";
-    reveal_prob: (alpha_s - alpha_t) / (1 - alpha_t); committed_upto (B,): leading positions that will not change.
+    reveal_prob: (alpha_s - alpha_t) / (1 - alpha_t); committed_upto (B,): leading positions without a mask, which
+    will not change unless the policy masks again.
     """
 
     index: int

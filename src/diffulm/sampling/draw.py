@@ -24,8 +24,8 @@ class Draw:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -33,13 +33,15 @@ class Draw:
 
     def probs(self, log_probs_NV: Tensor) -> Tensor:
         """(N, V) float64 probabilities that tokens are drawn from (temperature > 0)."""
-        logits = log_probs_NV.double() / self.temperature
+        logits = log_probs_NV.double()
+        # The best token is put at 0 first: divided by a tiny temperature, all of a row could become -inf.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kth = logits.topk(self.top_k, dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < kth, float("-inf"))
         probs = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            ordered, order = probs.sort(dim=-1, descending=True)
+            ordered, order = probs.sort(dim=-1, descending=True, stable=True)
             # Keep a token while the mass before it is below top_p: at least one always stays.
             dropped = (ordered.cumsum(-1) - ordered) >= self.top_p
             probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0.0)

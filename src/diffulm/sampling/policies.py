@@ -97,8 +97,9 @@ class Threshold:
         order = (
             sure if self.fallback == "confident" else -torch.arange(sure.shape[1], device=sure.device).expand_as(sure)
         )
-        one = top(order, step.eligible, step.eligible.any(1).long())
-        return ~step.masked | (step.eligible & (sure >= self.tau)) | one
+        reached = step.eligible & (sure >= self.tau)
+        one = top(order, step.eligible, (~reached.any(1)).long())
+        return ~step.masked | reached | one
 
 
 # --------------------------------------------------------------------------------------------- scores and selection
@@ -123,7 +124,7 @@ def drawn_confidence(step: Step) -> Tensor:
 
 
 def entropy(step: Step) -> Tensor:
-    """Entropy in nats at each masked position, (B, L), -inf elsewhere (callers negate it)."""
+    """Entropy in nats at each masked position, (B, L), inf elsewhere (callers negate it)."""
     values = torch.special.entr(step.log_probs.exp()).sum(-1)
     return torch.where(step.masked, spread(step, values), float("inf"))
 

@@ -67,7 +67,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 0,
     watch: Watch | None = None,
 ) -> str | list[str]:
@@ -84,11 +84,11 @@ def generate(
     special = special_tokens(model.tokenizer)
     encoded = [_given(model, encode(model.tokenizer, text)) for text in prompts]
     canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
-    ids = _run(model, canvas, steps or max_tokens, policy, Draw(temperature, top_k, top_p), seed, watch)
+    ids = _run(model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch)
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
         new = row[1 + len(given) : 1 + len(given) + max_tokens]
-        texts.append(_ended(model, given, new, special, stop))
+        texts.append(_ended(model, given, new, special, [stop] if isinstance(stop, str) else stop))
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -130,34 +130,31 @@ def infill(
     sample: list[int | None] = []
     for k, piece in enumerate(pieces):
         before_hole = k < len(lengths)
-        kept = piece.rstrip(" ") if before_hole else piece
+        kept = piece.removesuffix(" ") if before_hole else piece
         sample += _given(model, encode(model.tokenizer, kept) if k == 0 else encode_after(model.tokenizer, kept))
         sample += [None] * (lengths[k] if before_hole else 0)
     canvas = Canvas.from_holes([sample], special_tokens(model.tokenizer)).to(model.device)
-    ids = _run(model, canvas, steps or sum(lengths), policy, Draw(temperature, top_k, top_p), seed, watch)
-    fills = _fills(model, ids[0].tolist()[1:], sample, pieces)
+    steps = sum(lengths) if steps is None else steps
+    ids = _run(model, canvas, steps, policy, Draw(temperature, top_k, top_p), seed, watch)
+    fills = _fills(model, ids[0].tolist()[1:], sample, pieces, lengths)
     shown = "".join(p + f for p, f in zip(pieces, [*fills, ""], strict=True))
     return Infilling(shown, fills)
 
 
-def _fills(model: Model, ids: list[int], sample: list[int | None], pieces: list[str]) -> list[str]:
+def _fills(
+    model: Model, ids: list[int], sample: list[int | None], pieces: list[str], lengths: list[int]
+) -> list[str]:
     """Text of each hole, without the space that belongs to the piece before it."""
     fills = []
-    at = 0
-    for piece in pieces[:-1]:
-        while sample[at] is not None:
-            at += 1
-        end = at
-        while end < len(sample) and sample[end] is None:
-            end += 1
+    end = 0
+    for piece, length in zip(pieces[:-1], lengths, strict=True):
+        at = sample.index(None, end)
+        end = at + length
         # Decoded behind its context: a first piece by itself may lose its space.
         before = decode(model.tokenizer, ids[:at])
         fill = decode(model.tokenizer, ids[:end])
         fill = fill[len(before) :] if fill.startswith(before) else decode(model.tokenizer, ids[at:end])
-        spaces = len(piece) - len(piece.rstrip(" "))
-        lead = len(fill) - len(fill.lstrip(" "))
-        fills.append(fill[min(spaces, lead) :])
-        at = end
+        fills.append(fill.removeprefix(" ") if piece.endswith(" ") else fill)
     return fills
 
 
