@@ -1,4 +1,4 @@
-"""The three-token toy: one fixed random joint over V = 3, L = 3, and its exact conditionals as a denoiser.
+"""Toys for exact tests. First the three-token toy: one fixed random joint over V = 3, L = 3, and its exact conditionals as a denoiser.
 
 No start token, source "own", mask id 3. Small enough that every mask, order and outcome can be enumerated, so the
 theorems the package rests on are tested as equalities.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffulm.denoiser import HFDenoiser, make_bidirectional
 from diffulm.layout import Full, Rows
 from diffulm.process import MaskedDiffusion
+from diffulm.sampling import Policy, Step
+from diffulm.tokenizer import SpecialTokens
 
 V, L, MASK = 3, 3, 3
 LAYOUT = Full("own")
@@ -84,3 +88,77 @@ class Table:
 def masks() -> Iterator[tuple[bool, ...]]:
     """Every mask but the empty one."""
     return (m for m in itertools.product([False, True], repeat=L) if any(m))
+
+
+# ------------------------------------------------------------------------------------ larger toys for the sampling loop
+
+VOCAB = 24
+SPECIAL = SpecialTokens(bos=0, eos=1, pad=2, mask=VOCAB - 1)
+
+_SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 2,
+}  # fmt: skip
+_WINDOWS = {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+#: Config class and sizes; together they cover learned, rotary and scaled positions, biases, soft caps and tied heads.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", _SIZES),
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 2, "resid_pdrop": 0.0,
+         "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 8}),
+    "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+    "gemma2": ("Gemma2Config", {**_SIZES, **_WINDOWS}),
+    "olmo2": ("Olmo2Config", _SIZES),
+    "cohere": ("CohereConfig", {**_SIZES, "logit_scale": 0.25}),
+}  # fmt: skip
+
+
+def tiny_denoiser(family: str, dtype: torch.dtype, *, seed: int = 0) -> HFDenoiser:
+    """A random bidirectional transformers model whose predictions depend visibly on what it reads."""
+    import transformers
+
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, name)(vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, **sizes)
+    make_bidirectional(config)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3)
+    return HFDenoiser(model.to(dtype).eval(), SPECIAL.mask)
+
+
+class Noise(torch.nn.Module):
+    """A denoiser of fixed random logits: they depend on the position alone. `script` names tokens it is sure of.
+
+    Counts its forwards. Made for source "previous".
+    """
+
+    def __init__(self, vocab: int, mask: int, *, script: dict[int, int] | None = None, length: int = 128) -> None:
+        super().__init__()
+        logits = torch.randn(length, vocab, generator=torch.Generator().manual_seed(vocab)) * 2
+        for position, token in (script or {}).items():
+            logits[position, token] = 60.0
+        logits[:, mask] = float("-inf")
+        self.logits = torch.nn.Parameter(logits, requires_grad=False)
+        self.forwards = 0
+
+    def forward(self, rows: Rows, *, cache: object = None) -> Tensor:
+        self.forwards += 1
+        return self.logits[rows.source % rows.ids.shape[1] + 1]
+
+
+@dataclass
+class Recorder:
+    """A policy that keeps every step it is shown, then asks another."""
+
+    policy: Policy
+    steps: list[Step] = field(default_factory=list)
+
+    def __call__(self, step: Step) -> Tensor:
+        self.steps.append(step)
+        return self.policy(step)

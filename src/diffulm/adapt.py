@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,8 +85,10 @@ def adapt(
     out = Path(out)
     claim(out, recipe, control)
     if (out / "report.json").is_file():
-        say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
         report: dict[str, Any] = runtime.read_json(out / "report.json")
+        if not (out / "report.html").is_file():  # killed while the report was written
+            write_report(report, out)
+        say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
         return report
     where = runtime.pick_device(device)
     wants = recipe.train.compile
@@ -128,6 +131,8 @@ def claim(out: Path, recipe: Recipe, control: bool) -> None:
     """Make `out` ours: new, or begun by the same recipe. ValueError otherwise."""
     wanted = {"recipe": json.loads(json.dumps(to_dict(recipe))), "control": control}
     marker = out / MARKER
+    for leftover in out.glob(".*.tmp") if marker.is_file() else ():  # of a killed run
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if marker.is_file():
         there = runtime.read_json(marker)
         if {k: there.get(k) for k in wanted} != wanted:
@@ -142,7 +147,8 @@ def claim(out: Path, recipe: Recipe, control: bool) -> None:
                 f"{out} holds a run with other settings ({', '.join(keys[:5])} differ); choose another --out"
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    # A marker half written by a killed run is ours.
+    if out.exists() and (not out.is_dir() or any(not p.match(f".{MARKER}.*.tmp") for p in out.iterdir())):
         raise ValueError(f"{out} already holds something that is no diffulm run; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     runtime.write_atomic(marker, json.dumps(wanted, indent=1))
@@ -216,6 +222,11 @@ def heldout_windows(run: Run, stores: dict[str, tuple[TokenStore, TokenStore]]) 
         documents = [held.document(i).tolist() for i in range(len(held))]
         sizes = [float(held.document_bytes(i)) for i in range(len(held))]
         by_source.append(cut_windows(documents, sizes, run.recipe.data.length, limit=run.recipe.eval.windows))
+    if not any(by_source):
+        raise ValueError(
+            "no text is held out to measure with: a single document is trained on; give at least two documents "
+            "(files, or lines of a jsonl file) and data.heldout_fraction above 0"
+        )
     picked: list[Window] = []
     first = 0
     share = -(-run.recipe.eval.windows // len(by_source))

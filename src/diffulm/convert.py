@@ -165,7 +165,8 @@ def add_mask_token(model: Any, tokenizer: Any, name: str | None) -> str:
         tables.append(head.weight)
     with torch.no_grad():
         for table in tables:
-            table[new] = table[:tokens].double().mean(0).to(table.dtype)
+            known = min(tokens, rows)  # a tokenizer may name tokens that the parent never had a row for
+            table[known if where == "new row" else new : new + 1] = table[:known].double().mean(0).to(table.dtype)
     return where
 
 

@@ -6,6 +6,7 @@ Nothing here knows about diffusion. Imported by every layer above, imports none 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -262,6 +263,7 @@ def process_group() -> Iterator[tuple[int, int]]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield rank_and_world()
+        gc.collect()  # a sharded module alive at the end of the group aborts the process, at random
         dist.barrier()
     finally:
         dist.destroy_process_group()

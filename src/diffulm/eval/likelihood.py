@@ -172,13 +172,15 @@ def _rows(
     if isinstance(layout, Block):
         group_BL = layout.groups(L).expand_as(x0_BL).contiguous()
         groups = int(group_BL.max()) + 1
-    # Draws 2k and 2k + 1 are a mask and its complement; pairs are stratified over the levels.
-    pairs = max(1, (draws + 1) // 2)
+    # Draws 2k and 2k + 1 are a mask and its complement; pairs are stratified over the levels. An odd number of draws
+    # is stratified without pairs: a pair more in one stratum than in another would bias the bound.
+    each = 2 if draws % 2 == 0 else 1
+    strata = draws // each
     level_BG = torch.stack(
-        [torch.from_numpy((k // 2 + uniforms(seed, w, purpose="level", n=groups)) / pairs) for w, k in jobs]
+        [torch.from_numpy((k // each + uniforms(seed, w, purpose="level", n=groups)) / strata) for w, k in jobs]
     )
-    seeds = [int(generator(seed, w, k // 2, purpose="noise").integers(2**62)) for w, k in jobs]
-    mirror_B = torch.tensor([k % 2 == 1 for _, k in jobs])
+    seeds = [int(generator(seed, w, k // each, purpose="noise").integers(2**62)) for w, k in jobs]
+    mirror_B = torch.tensor([k % each == 1 for _, k in jobs])
     ids_BL, noised_BL, weight_BL = process.corrupt(x0_BL, maskable_BL, group_BL, level_BG, seeds, mirror_B=mirror_B)
     batch = NoisedBatch(x0_BL, ids_BL, noised_BL, maskable_BL, weight_BL, zeros_BL, valid_BL, group_BL)
     return layout.training_rows(batch), counts
@@ -233,6 +235,7 @@ def paired_gain(before: Estimate, after: Estimate, windows: Sequence[Window]) ->
     """(nats per token gained, its standard error) between two estimates on the same windows and masks."""
     assert before.tokens == after.tokens, "the estimates are of different texts"
     tokens = np.array([float(len(w.ids)) for w in windows])
+    tokens *= before.tokens / tokens.sum()  # less the natural mask tokens that neither scored
     gain = np.array(before.per_window) - np.array(after.per_window)
     return float(gain.sum() / tokens.sum()), ratio_stderr(gain, tokens, np.array([w.document for w in windows]))
 
@@ -295,8 +298,12 @@ def score(
     """
     if not isinstance(model.layout, Full):
         raise ValueError(f"score needs the full layout; this checkpoint is {model.layout.name}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, not {draws}")
     special = special_tokens(model.tokenizer)
     joined = encode(model.tokenizer, context + continuation)
+    if special.mask in joined:
+        raise ValueError(f"the text holds the mask token {model.tokenizer.mask_token!r} itself; remove it")
     n = len(joined) - len(encode(model.tokenizer, context))
     if n < 1:
         raise ValueError(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..denoiser import HFDenoiser
@@ -84,7 +85,9 @@ def generate(
     special = special_tokens(model.tokenizer)
     encoded = [_given(model, encode(model.tokenizer, text)) for text in prompts]
     canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
-    ids = _run(model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch)
+    ids = _run(
+        model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch
+    )
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
         new = row[1 + len(given) : 1 + len(given) + max_tokens]
@@ -141,9 +144,7 @@ def infill(
     return Infilling(shown, fills)
 
 
-def _fills(
-    model: Model, ids: list[int], sample: list[int | None], pieces: list[str], lengths: list[int]
-) -> list[str]:
+def _fills(model: Model, ids: list[int], sample: list[int | None], pieces: list[str], lengths: list[int]) -> list[str]:
     """Text of each hole, without the space that belongs to the piece before it."""
     fills = []
     end = 0
@@ -162,8 +163,10 @@ def generate_ids(
     model: Any,
     input_ids: Tensor,
     *,
+    attention_mask: Tensor | None = None,
     max_tokens: int | None = None,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
+    generation_config: Any = None,
     steps: int | None = None,
     policy: str | Policy = "confidence",
     temperature: float = 0.0,
@@ -172,7 +175,11 @@ def generate_ids(
     seed: int = 0,
     **unused: Any,
 ) -> Tensor:
-    """Completion for plain transformers users (custom_generate): (B, L) ids in, (B, L + max_tokens) ids out."""
+    """Completion for plain transformers users (custom_generate): (B, L) ids in, (B, L + max_tokens) ids out.
+
+    Prompts of unequal lengths are padded, on either side, and `attention_mask` says where. The number of new tokens is
+    max_tokens, max_new_tokens, generation_config.max_new_tokens or 32. Greedy unless a temperature is given.
+    """
     diffusion = getattr(model.config, "diffusion", None)
     if diffusion is None:
         raise ValueError("this model is no diffusion checkpoint: its config has no `diffusion` entry")
@@ -180,20 +187,21 @@ def generate_ids(
     eos = model.config.eos_token_id
     eos = eos[0] if isinstance(eos, list) else eos
     special = SpecialTokens(eos if bos is None else bos, eos, eos, mask)
-    rows = input_ids.tolist()
-    started = all(row and row[0] == special.bos for row in rows)
-    prompts = [row[1:] if started else row for row in rows]
-    count = max_tokens or max_new_tokens
-    canvas = Canvas.from_prompt(prompts, count, special).to(input_ids.device)
+    valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = [row[keep].tolist() for row, keep in zip(input_ids, valid.bool(), strict=True)]
+    prompts = [row[1:] if row[:1] == [special.bos] else row for row in rows]
+    asked = (max_tokens, max_new_tokens, getattr(generation_config, "max_new_tokens", None), 32)
+    count = next(n for n in asked if n is not None)
+    canvas = _checked(Canvas.from_prompt(prompts, count, special), diffusion).to(input_ids.device)
     denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
     ids = canvas.ids
     for step in denoise(
-        denoiser, process, canvas, steps=steps or count, policy=_policy(policy), draw=Draw(temperature, top_k, top_p),
-        layout=layout_from_config(diffusion), seeds=range(seed, seed + len(rows)),
+        denoiser, process, canvas, steps=count if steps is None else steps, policy=_policy(policy),
+        draw=Draw(temperature, top_k, top_p), layout=layout_from_config(diffusion), seeds=range(seed, seed + len(rows)),
     ):  # fmt: skip
         ids = step.ids
-    return ids if started else ids[:, 1:]
+    return torch.cat([input_ids, ids[canvas.editable].view(len(rows), count)], 1)
 
 
 def _policy(policy: str | Policy) -> Policy:
@@ -203,13 +211,7 @@ def _policy(policy: str | Policy) -> Policy:
 def _run(
     model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None
 ) -> Tensor:
-    limit = int(model.config["trained_length"])
-    if canvas.ids.shape[1] > limit:
-        raise ValueError(
-            f"the canvas has {canvas.ids.shape[1]} tokens with its start token, the model was trained on {limit}; "
-            "shorten the text or the holes"
-        )
-    ids = canvas.ids
+    ids = _checked(canvas, model.config).ids
     seeds = [seed * 1_000_003 + b for b in range(len(ids))]
     for step in denoise(
         model.denoiser, model.process, canvas, steps=steps, policy=_policy(policy), draw=draw, layout=model.layout,
@@ -219,6 +221,16 @@ def _run(
         if watch is not None:
             watch(canvas, step)
     return ids
+
+
+def _checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
+    length, limit = canvas.ids.shape[1], int(diffusion["trained_length"])
+    if length > limit:
+        raise ValueError(
+            f"the canvas has {length} tokens with its start token, the model was trained on {limit}; "
+            "shorten the text or the holes"
+        )
+    return canvas
 
 
 def _given(model: Model, ids: list[int]) -> list[int]:
@@ -246,12 +258,26 @@ def pieces_for_view(model: Model, canvas: Canvas, step: Step, sample: int = 0) -
     out = []
     ids, new = step.ids[sample].tolist(), step.revealed[sample].tolist()
     editable, valid = canvas.editable[sample].tolist(), canvas.valid[sample].tolist()
-    for i in range(1, len(ids)):
-        if not valid[i]:
-            break
-        if ids[i] == model.process.mask_token_id:
-            out.append(("", "masked"))
-        else:
-            state = "new" if new[i] else "held" if editable[i] else "given"
-            out.append((decode(model.tokenizer, [ids[i]]), state))
+    mask = model.process.mask_token_id
+    end = sum(valid)
+    for i, text in enumerate(_texts(model, ids[1:end]), 1):
+        state = "masked" if ids[i] == mask else "new" if new[i] else "held" if editable[i] else "given"
+        out.append(("" if state == "masked" else text, state))
     return out
+
+
+def _texts(model: Model, ids: list[int]) -> list[str]:
+    """What each token adds to the text of those before it; a character of several tokens stands at its last one."""
+    texts = []
+    start = 0  # the first token that is not shown yet
+    for i in range(len(ids)):
+        before = decode(model.tokenizer, ids[max(start - 1, 0) : start])
+        text = decode(model.tokenizer, ids[max(start - 1, 0) : i + 1])
+        text = text[len(before) :] if text.startswith(before) else decode(model.tokenizer, ids[start : i + 1])
+        ends = i + 1 == len(ids) or ids[i + 1] == model.process.mask_token_id
+        if text.endswith("\ufffd") and not ends and i - start < 3:  # a character has at most 4 bytes
+            texts.append("")
+        else:
+            texts.append(text)
+            start = i + 1
+    return texts

@@ -1,7 +1,7 @@
 """Training checkpoints: written aside, fsynced, renamed; the newest whole one wins; no pickle.
 
-`step-00000120/` holds `model.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the checksum
-of both, the step, the budget and the recipe. A checkpoint whose checksum does not fit is passed over, aloud.
+`step-00000120/` holds `model.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the step, the
+budget, the recipe and the checksums of all three. A checkpoint whose checksum does not fit is passed over, aloud.
 """
 
 from __future__ import annotations
@@ -68,14 +68,17 @@ def save(
     plain = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
     path = folder / f"step-{state['step']:08d}"
     if rank_and_world()[0] == 0:
+        for leftover in folder.glob(".step-*.tmp"):  # of a killed run
+            shutil.rmtree(leftover)
         with atomic_folder(path) as aside:
             save_file(model_state, aside / _FILES[0])
             save_file(tensors, aside / _FILES[1])
+            whole = {**state, "optimizer": plain}
             sums = {name: _crc32(aside / name) for name in _FILES}
-            (aside / "state.json").write_text(
-                json.dumps({**state, "optimizer": plain, "crc32": sums}), encoding="utf-8"
-            )
-        for old in checkpoints(folder)[:-keep]:
+            sums["state.json"] = zlib.crc32(json.dumps(whole).encode())
+            (aside / "state.json").write_text(json.dumps({**whole, "crc32": sums}), encoding="utf-8")
+        # Newer ones than this are damaged (the run went on from before them) and must not push out whole ones.
+        for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
             shutil.rmtree(old)
     return path
 
@@ -90,11 +93,14 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in reversed(checkpoints(folder)):
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            wrong = [name for name in _FILES if _crc32(path / name) != state["crc32"][name]]
+            sums = state.pop("crc32")
+            now = {name: _crc32(path / name) for name in _FILES}
+            now["state.json"] = zlib.crc32(json.dumps(state).encode())
+            wrong = [name for name in now if now[name] != sums[name]]
             if not wrong:
                 return path, state
             reason = f"{', '.join(wrong)} changed or cut short"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
         log.warning("checkpoint %s is damaged (%s); trying the one before it", path.name, reason)
     return None
@@ -104,6 +110,9 @@ def restore(path: Path, state: dict[str, Any], module: nn.Module, optimizer: tor
     """Put a checkpoint back, bit for bit, whatever the world size now is."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True, strict=False)
     weights: dict[str, Any] = load_file(path / _FILES[0])
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    if other := [name for name in weights if name in shapes and weights[name].shape != shapes[name]]:
+        raise ValueError(f"{path} belongs to another model: other shape of {', '.join(other[:3])}")
     result = set_model_state_dict(module, weights, options=options)
     missing = set(result.missing_keys) - _tied_names(module)
     if missing or result.unexpected_keys:

@@ -99,13 +99,22 @@ def find_budget(
 def plan_budget(folder: Path, find: Callable[[], Budget]) -> Budget:
     """The budget stored in a run's folder, or the one found now: a resumed run keeps its number of steps."""
     path = folder / BUDGET
-    if path.is_file():
-        return Budget(**runtime.read_json(path))
-    budget = find()
-    if runtime.rank_and_world()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        runtime.write_atomic(path, json.dumps(dataclasses.asdict(budget)))
-    return budget
+    rank, world = runtime.rank_and_world()
+    # Ranks time differently, and one may look for the file after another wrote it: rank 0 decides for all.
+    found = Budget(**runtime.read_json(path)) if rank == 0 and path.is_file() else None
+    if not _any_rank([found is not None])[0]:
+        found = find()
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            runtime.write_atomic(path, json.dumps(dataclasses.asdict(found)))
+    if world > 1:
+        import torch.distributed as dist
+
+        everyone = [found]
+        dist.broadcast_object_list(everyone)
+        found = everyone[0]
+    assert found is not None
+    return found
 
 
 def _time_update(module: nn.Module) -> float:
@@ -150,16 +159,20 @@ def train(
     optimizer = build_optimizer(denoiser, config)
     found = checkpoint.latest(out)
     step, seconds = 0, 0.0
+    saved = 0  # the step of the newest checkpoint
     if found:
         path, state = found
         check_settings(state["settings"], settings, path)
         checkpoint.restore(path, state, denoiser, optimizer)
         step, seconds = state["step"], state["seconds"]
+        saved = step
         if step < budget.steps:
             log.info("resuming at step %d of %d", step, budget.steps)
     metrics = Metrics(out, from_step=step, tensorboard=tensorboard) if rank == 0 else None
 
     def save() -> None:
+        nonlocal saved
+        saved = step
         state = {"step": step, "seconds": seconds, "budget": vars(budget), "settings": settings}
         checkpoint.save(out, denoiser, optimizer, state, keep=config.keep)
 
@@ -167,7 +180,14 @@ def train(
     saved_at = time.monotonic()
     denoiser.train()
     with _interruptions() as interrupted:
-        while step < budget.steps and not interrupted:
+        while step < budget.steps:
+            late = rank == 0 and time.monotonic() - saved_at > config.checkpoint_minutes * 60
+            stop, due = _any_rank([bool(interrupted), late])  # ranks must agree, or one waits for the others for ever
+            if stop:
+                break
+            if due and step > saved:
+                save()
+                saved_at = time.monotonic()
             started = time.perf_counter()
             rate = learning_rate(config, (step + 1) / budget.steps)
             done = train_step(
@@ -194,14 +214,12 @@ def train(
                 })  # fmt: skip
                 left = (budget.steps - step) * seconds / step
                 report(Progress(step, budget.steps, step * budget.tokens_per_step, speed, loss, rate, left, score))
-            if step < budget.steps and time.monotonic() - saved_at > config.checkpoint_minutes * 60:
-                save()
-                saved_at = time.monotonic()
-        if step > 0 and not (found and found[1]["step"] == step):
+        if step > saved:
             save()
+        stop = _any_rank([bool(interrupted)])[0]
     if metrics:
         metrics.close()
-    if step < budget.steps:
+    if stop or step < budget.steps:
         raise KeyboardInterrupt
 
 
@@ -224,11 +242,10 @@ def train_step(
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where a parent has it
     world = runtime.rank_and_world()[1]
     count = sum(rows.maskable if normalisation == "nelbo" else rows.noised for rows in micros)
-    totals = torch.zeros(2, dtype=torch.float64)
-    by_level = torch.zeros(LEVEL_BINS, 2)
-    totals[1] = count
+    totals = torch.tensor([count], dtype=torch.float64)
+    by_level = torch.zeros(LEVEL_BINS, 2, device=device)
     _all_reduce(totals, device)
-    count = max(1, int(totals[1]))
+    count = max(1, int(totals[0]))
     optimizer.zero_grad(set_to_none=True)
     sums = []
     for rows in micros:
@@ -236,8 +253,8 @@ def train_step(
         # FSDP averages gradients over the ranks; times the world size makes it a sum.
         (loss.sum * (world / count)).backward()
         sums.append(loss.sum.detach())
-        by_level += loss.by_level.cpu() if device.type == "cpu" else 0
-        if interrupted:
+        by_level += loss.by_level
+        if interrupted and world == 1:
             optimizer.zero_grad(set_to_none=True)
             return None
     norm = nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip)
@@ -249,9 +266,10 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    total = torch.stack(sums).sum().double().cpu().reshape(1)
+    total = torch.cat([torch.stack(sums).sum().cpu().double()[None], by_level.cpu().double().flatten()])
     _all_reduce(total, device)
-    return float(total[0]) / count, norm_value, [[round(float(a), 4), int(b)] for a, b in by_level]
+    levels = [[round(float(a), 4), int(b)] for a, b in total[1:].view(LEVEL_BINS, 2)]
+    return float(total[0]) / count, norm_value, levels
 
 
 def check_settings(stored: dict[str, Any], now: dict[str, Any], path: Path) -> None:
@@ -271,7 +289,8 @@ def _interruptions() -> Iterator[list[int]]:
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        if received:
+        # torchrun follows a Ctrl-C with a SIGTERM of its own: that is no second wish.
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
         log.warning("stopping after this micro-batch; a checkpoint follows (again to stop at once)")
@@ -285,6 +304,16 @@ def _interruptions() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _any_rank(flags: list[bool]) -> list[bool]:
+    """Each flag, True on all ranks when any rank raised it."""
+    if runtime.rank_and_world()[1] == 1:
+        return flags
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    values = torch.tensor(flags, dtype=torch.float32)
+    _all_reduce(values, device)
+    return [bool(v) for v in values > 0]
 
 
 def _all_reduce(values: torch.Tensor, device: torch.device) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..runtime import write_atomic
+
 
 class Metrics:
     """Appends records to `metrics.jsonl` in `folder`. On resume, records of steps to be run again are dropped."""
@@ -14,7 +16,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(folder) if r["step"] <= from_step]
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
