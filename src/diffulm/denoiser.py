@@ -287,14 +287,16 @@ def windowed_layers(config: Any) -> list[str]:
 def dependency_matrix(denoiser: HFDenoiser, *, length: int = 8, layout: Full | Block | None = None) -> Tensor:
     """[i, j] = the output of row i moves when the token of row j changes, bool (R, R); layout None: full, R = length.
 
-    One forward of R + 1 sequences. "Moves" means by more than 1e-4 of the largest movement seen, which no rounding
-    reaches and every attended token exceeds by far.
+    One forward of R + 1 sequences. "Moves" means by more than 1e-4 of the largest movement that this change
+    causes anywhere, which no rounding reaches and every attended token exceeds by far.
     """
     device = next(denoiser.parameters()).device
     one = _probe_rows(layout or Full("own"), length).to(device)
     R = one.ids.shape[1]
     vocabulary = denoiser.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    usable = torch.tensor([t for t in range(min(vocabulary, 4 * R)) if t != denoiser.mask_token_id], device=device)
+    # Spread over the vocabulary: the first ids are often reserved tokens that were never trained, all alike.
+    spread = torch.linspace(0, vocabulary - 1, min(vocabulary, 4 * R)).long().flip(0).tolist()
+    usable = torch.tensor([t for t in dict.fromkeys(spread) if t != denoiser.mask_token_id], device=device)
     if len(usable) <= R:
         raise ValueError(f"a vocabulary of {vocabulary} tokens is too small to probe attention with")
     ids = usable[:R].repeat(R + 1, 1)
@@ -308,7 +310,8 @@ def dependency_matrix(denoiser: HFDenoiser, *, length: int = 8, layout: Full | B
     hidden = denoiser.hidden(dataclasses.replace(one, ids=ids, **many)).float()
     denoiser.train(training)
     moved = (hidden[1:] - hidden[:1]).abs().amax(-1).T
-    return moved > 1e-4 * moved.max()
+    # Each change is measured against what it does most: two tokens may be nearly alike.
+    return moved > 1e-4 * moved.amax(0, keepdim=True)
 
 
 def _probe_rows(layout: Full | Block, length: int) -> Rows:

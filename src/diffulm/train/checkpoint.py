@@ -26,13 +26,14 @@ from torch.distributed.checkpoint.state_dict import (
 from ..runtime import atomic_folder, log, rank_and_world
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
+#: Whole tensors on rank 0, whatever the sharding. Not flatten_optimizer_state_dict: torch 2.13 writes such a dict but
+#: cannot read it back together with full_state_dict.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def full_model_state(module: nn.Module) -> dict[str, Tensor]:
     """The whole module's weights on rank 0, gathered from all ranks, each tensor once (tied ones are one)."""
-    state: dict[str, Any] = get_model_state_dict(
-        module, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    state: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
     seen: set[int] = set()
     unique = {}
     tied = _tied_names(module)
@@ -61,11 +62,13 @@ def save(
 
     Called by every rank; rank 0 writes.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
     model_state = full_model_state(module)
-    flat: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=options)
-    tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
-    plain = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
+    moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+    tensors = {
+        f"{name}.{what}": value.contiguous()
+        for name, values in moments.get("state", {}).items()
+        for what, value in values.items()
+    }
     path = folder / f"step-{state['step']:08d}"
     if rank_and_world()[0] == 0:
         for leftover in folder.glob(".step-*.tmp"):  # of a killed run
@@ -73,7 +76,7 @@ def save(
         with atomic_folder(path) as aside:
             save_file(model_state, aside / _FILES[0])
             save_file(tensors, aside / _FILES[1])
-            whole = {**state, "optimizer": plain}
+            whole = {**state, "optimizer": moments["param_groups"]}
             sums = {name: _crc32(aside / name) for name in _FILES}
             sums["state.json"] = zlib.crc32(json.dumps(whole).encode())
             (aside / "state.json").write_text(json.dumps({**whole, "crc32": sums}), encoding="utf-8")
@@ -108,19 +111,22 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def restore(path: Path, state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint back, bit for bit, whatever the world size now is."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True, strict=False)
     weights: dict[str, Any] = load_file(path / _FILES[0])
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     if other := [name for name in weights if name in shapes and weights[name].shape != shapes[name]]:
         raise ValueError(f"{path} belongs to another model: other shape of {', '.join(other[:3])}")
-    result = set_model_state_dict(module, weights, options=options)
+    result = set_model_state_dict(module, weights, options=_WHOLE)
     missing = set(result.missing_keys) - _tied_names(module)
     if missing or result.unexpected_keys:
         raise ValueError(
             f"{path} belongs to another model: missing {sorted(missing)[:3]}, unknown {result.unexpected_keys[:3]}"
         )
-    flat = {**load_file(path / _FILES[1]), **state["optimizer"]}
-    set_optimizer_state_dict(module, optimizer, flat, options=options)
+    moments: dict[str, Any] = {}
+    for key, value in load_file(path / _FILES[1]).items():
+        name, what = key.rsplit(".", 1)
+        moments.setdefault(name, {})[what] = value
+    groups = [{**group, "betas": tuple(group["betas"])} for group in state["optimizer"]]  # JSON has lists only
+    set_optimizer_state_dict(module, optimizer, {"state": moments, "param_groups": groups}, options=_WHOLE)
 
 
 def _crc32(path: Path) -> int:
