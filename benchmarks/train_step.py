@@ -120,6 +120,51 @@ def head_memory(which: str, dtype: str, batch: int, length: int) -> int:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
+def head_times(dtype: str, batch: int, length: int, rounds: int) -> dict[str, float]:
+    """Median seconds of head + loss, forward and backward, four ways, in turns."""
+    from types import SimpleNamespace
+
+    kind = torch.bfloat16 if dtype == "autocast" else torch.float32
+    hidden = torch.randn(batch, length, WIDTH, dtype=kind, requires_grad=True)
+    weight = torch.randn(VOCAB, WIDTH).mul_(0.02).requires_grad_()
+    labels, mask = texts(0, batch, length), torch.rand(batch, length) < 0.5
+    rows = mask.flatten().nonzero()[:, 0]
+    target, everywhere = labels.flatten()[rows], torch.ones(len(rows), dtype=torch.bool)
+    column = torch.zeros(VOCAB).index_fill_(0, torch.tensor([MASK]), float("-inf"))
+
+    def released() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            return naive_head(hidden, weight, labels, mask, torch.full((batch,), 0.5))
+
+    def plain() -> torch.Tensor:
+        logits = hidden.flatten(0, 1)[rows] @ weight.to(kind).T
+        return torch.nn.functional.cross_entropy(logits.float() + column, target, reduction="sum")
+
+    def fused() -> torch.Tensor:
+        return torch.nn.functional.linear_cross_entropy(
+            hidden.flatten(0, 1)[rows], weight.to(kind), target, linear_bias=column.to(kind), reduction="sum",
+            options=torch.nn.LinearCrossEntropyOptions(),
+        )  # fmt: skip
+
+    def chunked() -> torch.Tensor:
+        picked = hidden.flatten(0, 1)[rows]
+        return ChunkedNLL.apply(picked, weight, None, target, everywhere, MASK, SimpleNamespace()).sum()
+
+    ways = {
+        "released: all rows, full logits": released, "masked rows, full logits": plain,
+        "masked rows, torch linear_cross_entropy": fused, "masked rows, ChunkedNLL (ours)": chunked,
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for n in range(rounds + 1):
+        for name, way in ways.items():
+            hidden.grad = weight.grad = None
+            start = time.perf_counter()
+            way().backward()
+            if n:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -175,6 +220,9 @@ def main() -> None:
         f"memory ratio {above['ours'] / above['naive']:.3f} ({memory['ours'] / memory['naive']:.3f} with the gradient)"
     )
     result["head_memory_bytes"] = memory
+    result["head_seconds"] = head_times(args.dtype, B, L, args.rounds)
+    for name, value in result["head_seconds"].items():
+        print(f"head + loss, {name}: {value * 1e3:.0f} ms")
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(result))
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Tiny models gain nothing from threads, and tests that run beside other work lose much by them.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It does so every day, and the dog does not mind.",

@@ -1,7 +1,8 @@
-"""Toys for exact tests. First the three-token toy: one fixed random joint over V = 3, L = 3, and its exact conditionals as a denoiser.
+"""Toys for exact tests.
 
-No start token, source "own", mask id 3. Small enough that every mask, order and outcome can be enumerated, so the
-theorems the package rests on are tested as equalities.
+The three-token toy: one fixed random joint over V = 3, L = 3, and its exact conditionals as a denoiser. No start token,
+source "own", mask id 3. Small enough that every mask, order and outcome can be enumerated, so the theorems the package
+rests on are tested as equalities. Below it, random models and stand-ins for the tests of the sampling loop.
 """
 
 from __future__ import annotations

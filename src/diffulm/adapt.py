@@ -194,6 +194,7 @@ def data_stage(run: Run) -> tuple[dict[str, tuple[TokenStore, TokenStore]], dict
         run.out / "data",
         heldout_fraction=data.heldout_fraction,
         min_window=data.length,
+        strict=data.strict,
         progress=False,
     )
     print_ = fingerprint(tokenizer)
@@ -208,7 +209,19 @@ def data_stage(run: Run) -> tuple[dict[str, tuple[TokenStore, TokenStore]], dict
         run.say(
             f"  {name}: {train_store.tokens:,} tokens to train on, {held.tokens:,} held out ({len(held)} documents)"
         )
+    for name, found in report["sources"].items():
+        for what in ("invalid_utf8", "empty", "duplicates", "repeats_left_out"):
+            if found[what]:
+                run.say(f"  {name}: {found[what]} documents {_REMARKS[what]}")
     return stores, report
+
+
+_REMARKS = {
+    "invalid_utf8": "with invalid UTF-8, replaced (--strict refuses them)",
+    "empty": "empty, skipped",
+    "duplicates": "repeated, kept once",
+    "repeats_left_out": "repeat held-out passages, left out of training",
+}
 
 
 def as_source(config: SourceConfig) -> Source:

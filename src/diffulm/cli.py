@@ -6,6 +6,7 @@ Exit code 0 done, 1 failed, 2 bad usage or input, 130 interrupted (the same comm
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -53,6 +54,7 @@ def adapt(
     steps: int | None = None,
     text: tuple[str, ...] = (),
     text_field: str = "text",
+    strict: bool = False,
     control: bool = True,
     seed: int | None = None,
     device: str | None = None,
@@ -74,6 +76,7 @@ def adapt(
         steps: The budget in optimizer steps instead.
         text: Text to train on instead of the recipe's: txt, jsonl, parquet, folder or Hub data set; several allowed.
         text_field: Field that holds the text.
+        strict: Refuse invalid UTF-8 instead of replacing and counting it.
         control: Also train the parent on the same text for the same budget.
         seed: Seed of order and noise.
         device: cpu, cuda or mps (default: the best there is).
@@ -95,6 +98,8 @@ def adapt(
             SourceConfig(f"text{i}" if i else "text", path, text_field=text_field) for i, path in enumerate(text)
         )
         chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, sources=sources))
+    if strict:
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, strict=True))
     run_adapt(chosen, out, control=control, device=device, offline=offline, as_json=json)
 
 
@@ -122,7 +127,7 @@ def run_adapt(recipe: Recipe, out: Path, *, control: bool, device: str | None, o
     command = "diffulm " + " ".join(shlex.quote(a) for a in sys.argv[1:])
     report = job(
         recipe, out, command=command, control=control, offline=offline, device=device,
-        say=lambda s: console.print(s, markup=False), on_step=on_step,
+        say=lambda s: console.print(s, markup=False, soft_wrap=True), on_step=on_step,
     )  # fmt: skip
     if as_json:
         print(json.dumps(report))
@@ -452,11 +457,27 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if disk_is_full(error):
+            print(
+                f"diffulm {verb}: the disk is full; free some space and give the same command again: finished stages "
+                "and the last checkpoint are kept",
+                file=sys.stderr,
+            )
+            return 2
         if os.environ.get("DIFFULM_DEBUG"):
             raise
         print(f"diffulm {verb}: failed: {type(error).__name__}: {error} (DIFFULM_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is the operating system's "no space left"."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error) or "code: 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def entry() -> None:

@@ -14,7 +14,7 @@ import torch
 from . import hub
 from .denoiser import HFDenoiser, check_attention, check_head, make_bidirectional
 from .layout import Causal, layout_from_config
-from .runtime import log
+from .process import MaskedDiffusion
 from .schedule import schedule_from_name
 from .tokenizer import MASK_TOKEN, encode, special_tokens
 
@@ -59,7 +59,8 @@ def convert(
         trained_length: tokens of the windows it will be trained on.
 
     Raises:
-        ValueError: the parent is no model, is already converted, has no end-of-text token, or stays causal.
+        ValueError: the parent is no model, is already converted, has no end-of-text token, or stays causal; or the
+            arguments contradict each other.
     """
     diffusion: dict[str, Any] = {
         "format": hub.FORMAT,
@@ -74,8 +75,12 @@ def convert(
     }
     if block_size is not None:
         diffusion["block_size"] = block_size
-    schedule_from_name(schedule)
+    MaskedDiffusion(0, schedule_from_name(schedule), t_min)  # refuses what is no process
     promised = layout_from_config(diffusion)
+    if block_size is not None and layout != "block":
+        raise ValueError(f"block_size {block_size} means nothing to the {layout} layout; leave it out")
+    if trained_length < 2:
+        raise ValueError(f"trained_length must be at least 2 tokens, not {trained_length}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something; choose a new folder")
@@ -101,17 +106,9 @@ def convert(
     check_head(denoiser, name=parent)
     hub.save(out, model, tokenizer, diffusion)
     assert isinstance(tokenizer.mask_token, str) and isinstance(tokenizer.bos_token, str)
-    done = Conversion(
+    return Conversion(
         tokenizer.mask_token, int(tokenizer.mask_token_id), mask_row, tokenizer.bos_token, start_nll, changed
     )
-    log.info(
-        "converted %s: mask %s = %d (%s), start %s",
-        parent,
-        *(done.mask_token, done.mask_token_id),
-        mask_row,
-        done.start_token,
-    )
-    return done
 
 
 def rebuild(model: Any) -> Any:

@@ -79,5 +79,5 @@ def schedule_from_name(name: str) -> Schedule:
 def schedule_name(schedule: Schedule) -> str:
     """The inverse of `schedule_from_name`."""
     if isinstance(schedule, Polynomial):
-        return f"polynomial:{schedule.power:g}"
+        return "polynomial:" + repr(float(schedule.power)).removesuffix(".0")
     return type(schedule).__name__.lower()

@@ -82,15 +82,17 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of `text` such that decoding (anything + these ids) shows exactly `text` at the end.
 
     Some tokenizers (SentencePiece with a dummy prefix) put a space in front of whatever comes first. Encoding behind
-    an anchor and dropping the anchor avoids it; where the two pieces merge, the plain encoding is kept.
+    an anchor and dropping the anchor avoids it. Where one anchor merges with the text the next is tried: the
+    end-of-text token merges with nothing. Where none serves, the plain encoding is kept.
     """
     if not text:
         return []
-    anchor = encode(tokenizer, "\n")
-    joined = encode(tokenizer, "\n" + text)
-    ids = joined[len(anchor) :] if joined[: len(anchor)] == anchor else encode(tokenizer, text)
-    if decode(tokenizer, anchor + ids) == "\n" + text:
-        return ids
+    for anchor in ("\n", "a", "0", ".", tokenizer.eos_token):
+        if not anchor:
+            continue
+        before, joined = encode(tokenizer, anchor), encode(tokenizer, anchor + text)
+        if joined[: len(before)] == before and decode(tokenizer, joined) == decode(tokenizer, before) + text:
+            return joined[len(before) :]
     return encode(tokenizer, text)
 
 

@@ -128,12 +128,18 @@ def leave_out_repeats(scans: Sequence[Scan]) -> None:
     if not len(grams):
         return
     for item in scans:
-        train = [(d, ngrams(text)) for d, text in item.digests() if d >= item.limit]
-        repeats = {d for d, row in train if int(np.isin(np.unique(row), grams).sum()) > MAX_SHARED}
-        if len(repeats) > MAX_LEFT_OUT * len(train):
+        documents, repeats = 0, set()
+        for digest, text in item.digests():
+            if digest >= item.limit:
+                documents += 1
+                row = np.unique(ngrams(text))
+                at = np.minimum(np.searchsorted(grams, row), len(grams) - 1)
+                if int((grams[at] == row).sum()) > MAX_SHARED:
+                    repeats.add(digest)
+        if len(repeats) > MAX_LEFT_OUT * documents:
             log.warning(
                 "source %s: %d of %d train documents share passages with held-out ones; all are kept",
-                item.source.name, len(repeats), len(train),
+                item.source.name, len(repeats), documents,
             )  # fmt: skip
         else:
             item.left_out = repeats

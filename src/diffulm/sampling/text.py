@@ -269,15 +269,14 @@ def pieces_for_view(model: Model, canvas: Canvas, step: Step, sample: int = 0) -
 def _texts(model: Model, ids: list[int]) -> list[str]:
     """What each token adds to the text of those before it; a character of several tokens stands at its last one."""
     texts = []
-    start = 0  # the first token that is not shown yet
+    context, start = 0, 0  # the first token of the last text, and the first that is not shown yet
     for i in range(len(ids)):
-        before = decode(model.tokenizer, ids[max(start - 1, 0) : start])
-        text = decode(model.tokenizer, ids[max(start - 1, 0) : i + 1])
+        before, text = decode(model.tokenizer, ids[context:start]), decode(model.tokenizer, ids[context : i + 1])
         text = text[len(before) :] if text.startswith(before) else decode(model.tokenizer, ids[start : i + 1])
         ends = i + 1 == len(ids) or ids[i + 1] == model.process.mask_token_id
         if text.endswith("\ufffd") and not ends and i - start < 3:  # a character has at most 4 bytes
             texts.append("")
         else:
             texts.append(text)
-            start = i + 1
+            context, start = start, i + 1
     return texts

@@ -112,21 +112,19 @@ def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def restore(path: Path, state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint back, bit for bit, whatever the world size now is."""
     weights: dict[str, Any] = load_file(path / _FILES[0])
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    if other := [name for name in weights if name in shapes and weights[name].shape != shapes[name]]:
-        raise ValueError(f"{path} belongs to another model: other shape of {', '.join(other[:3])}")
-    result = set_model_state_dict(module, weights, options=_WHOLE)
-    missing = set(result.missing_keys) - _tied_names(module)
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{path} belongs to another model: missing {sorted(missing)[:3]}, unknown {result.unexpected_keys[:3]}"
-        )
+    # Compared here: with full_state_dict torch fills up what is missing with what the module has.
+    here = {name: value.shape for name, value in module.state_dict().items()}
+    needed = {name for name, _ in module.named_parameters()}
+    other = (needed - weights.keys()) | {name for name in weights if weights[name].shape != here.get(name)}
+    if other:
+        raise ValueError(f"{path} belongs to another model: {', '.join(sorted(other)[:3])} differ")
+    set_model_state_dict(module, weights, options=_WHOLE)
     moments: dict[str, Any] = {}
     for key, value in load_file(path / _FILES[1]).items():
         name, what = key.rsplit(".", 1)
         moments.setdefault(name, {})[what] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in state["optimizer"]]  # JSON has lists only
-    set_optimizer_state_dict(module, optimizer, {"state": moments, "param_groups": groups}, options=_WHOLE)
+    everything: dict[str, Any] = {"state": moments, "param_groups": state["optimizer"]}
+    set_optimizer_state_dict(module, optimizer, everything, options=_WHOLE)
 
 
 def _crc32(path: Path) -> int:

@@ -59,6 +59,8 @@ class DataConfig:
     """documents: same-document mask; concat: joined by EOS and cut, as the paper's released code."""
     heldout_fraction: float = 0.05
     """Share of documents never trained on, chosen by a hash of their text."""
+    strict: bool = False
+    """Refuse invalid UTF-8 instead of replacing and counting it."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class TrainConfig:
     """Checkpoints kept."""
     heldout_evaluations: int = 6
     """Held-out evaluations during the run, with fixed noise."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard (extra `track`)."""
 
     def __post_init__(self) -> None:
         budgets = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]

@@ -139,7 +139,6 @@ def train(
     heldout: Callable[[], float] | None = None,
     normalisation: Any = "nelbo",
     report: Callable[[Progress], None] = lambda _: None,
-    tensorboard: bool = False,
 ) -> None:
     """Train to the end of the budget, resuming from the newest whole checkpoint in `out`.
 
@@ -168,7 +167,7 @@ def train(
         saved = step
         if step < budget.steps:
             log.info("resuming at step %d of %d", step, budget.steps)
-    metrics = Metrics(out, from_step=step, tensorboard=tensorboard) if rank == 0 else None
+    metrics = Metrics(out, from_step=step, tensorboard=config.tensorboard) if rank == 0 else None
 
     def save() -> None:
         nonlocal saved

@@ -1,0 +1,215 @@
+"""Checkpoints: bit-identical back, the newest whole one wins, and nothing is half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffulm.train import checkpoint
+from diffulm.train.checkpoint import checkpoints, full_model_state, latest, restore, save
+from diffulm.train.loop import train_step
+from diffulm.train.optim import build_optimizer
+
+from .tiny import CONFIG, make_denoiser, make_loader, numbers, run, same_weights, weights
+
+#: A checkpoint at every step, and all of them kept.
+OFTEN = replace(CONFIG, checkpoint_minutes=0.0, keep=100)
+
+
+def trained(dtype: str = "float32", steps: int = 2, **changes: Any) -> tuple[Any, torch.optim.Optimizer]:
+    denoiser = make_denoiser(dtype, **changes)
+    optimizer = build_optimizer(denoiser, CONFIG)
+    for step in range(steps):
+        assert train_step(denoiser, optimizer, make_loader().rows(step), step, 1e-2, CONFIG)
+    return denoiser, optimizer
+
+
+def moments(denoiser: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    names = {p: name for name, p in denoiser.named_parameters()}
+    return {f"{names[p]}.{k}": v for p, state in optimizer.state.items() for k, v in state.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "autocast"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_restore_are_bit_identical(tmp_path: Path, dtype: str, tied: bool) -> None:
+    one, optimizer = trained(dtype, tie_word_embeddings=tied)
+    optimizer.param_groups[0]["lr"] = 0.123456789
+    path = save(tmp_path, one, optimizer, {"step": 2, "seconds": 1.5, "settings": {"a": [1, None]}}, keep=2)
+    two = make_denoiser(dtype, seed=9, tie_word_embeddings=tied)
+    other = build_optimizer(two, CONFIG)
+    found = latest(tmp_path)
+    assert found is not None and found[0] == path
+    assert {k: found[1][k] for k in ("step", "seconds", "settings")} == {
+        "step": 2, "seconds": 1.5, "settings": {"a": [1, None]},
+    }  # fmt: skip
+    assert not same_weights(one, two)
+    restore(*found, two, other)
+    assert same_weights(one, two) and (two.head.weight is two.model.get_input_embeddings().weight) == tied
+    a, b = moments(one, optimizer), moments(two, other)
+    assert a.keys() == b.keys() and len(a) == 3 * len(weights(one))
+    assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    settings = [
+        [{k: v for k, v in (g | {"betas": [*g["betas"]]}).items() if k != "params"} for g in o.param_groups]
+        for o in (optimizer, other)
+    ]
+    assert settings[0] == settings[1] and settings[1][0]["lr"] == 0.123456789
+    # and what follows is the same too
+    for denoiser, used in ((one, optimizer), (two, other)):
+        assert train_step(denoiser, used, make_loader().rows(2), 2, 1e-2, CONFIG)
+    assert same_weights(one, two)
+
+
+def test_the_files_are_plain_and_every_tensor_is_there_once(tmp_path: Path) -> None:
+    denoiser, optimizer = trained()
+    path = save(tmp_path, denoiser, optimizer, {"step": 2}, keep=1)
+    assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert full_model_state(denoiser).keys() == weights(denoiser).keys(), "a tied head is no second tensor"
+    assert json.loads((path / "state.json").read_text())["step"] == 2
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def raise_step(path: Path) -> None:
+    """One digit, and the file is still valid JSON."""
+    text = path.read_text()
+    assert '"step": 8' in text
+    path.write_text(text.replace('"step": 8', '"step": 9'))
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "truncated model": lambda p: truncate(p / "model.safetensors"),
+    "flipped model": lambda p: flip(p / "model.safetensors"),
+    "flipped moments": lambda p: flip(p / "optimizer.safetensors"),
+    "empty moments": lambda p: (p / "optimizer.safetensors").write_bytes(b""),
+    "no model": lambda p: (p / "model.safetensors").unlink(),
+    "no state": lambda p: (p / "state.json").unlink(),
+    "truncated state": lambda p: truncate(p / "state.json"),
+    "flipped state": lambda p: raise_step(p / "state.json"),
+    "binary state": lambda p: (p / "state.json").write_bytes(b"\xff\x00"),
+    "list state": lambda p: (p / "state.json").write_text("[1]"),
+    "nothing": lambda p: [f.unlink() for f in p.iterdir()] and None,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint of each of its 8 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(folder, OFTEN)
+    assert [p.name for p in checkpoints(folder)] == [f"step-{k:08d}" for k in range(1, 9)]
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
+    finished: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(finished, OFTEN)
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    DAMAGE[damage](out / "step-00000008")
+    with caplog.at_level(logging.WARNING):
+        found = latest(out)
+    assert found is not None and found[0].name == "step-00000007" and found[1]["step"] == 7
+    assert "step-00000008 is damaged" in caplog.text and "trying the one before it" in caplog.text
+    assert same_weights(run(out, OFTEN), expected), "step 8 again, from step 7"
+    found = latest(out)
+    assert found is not None and found[0].name == "step-00000008"
+    assert numbers(out) == numbers(finished)
+
+
+def test_several_damaged_ones_and_none_left(finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for path in checkpoints(out)[3:]:
+        flip(path / "model.safetensors")
+    found = latest(out)
+    assert found is not None and found[0].name == "step-00000003" and caplog.text.count("is damaged") == 5
+    for path in checkpoints(out):
+        truncate(path / "state.json")
+    caplog.clear()
+    assert latest(out) is None and caplog.text.count("is damaged") == 8
+    assert same_weights(run(out, OFTEN), run(finished, OFTEN)), "from the start, and all warnings were said"
+    assert latest(tmp_path / "nowhere") is None
+
+
+def test_the_newest_are_kept_and_a_damaged_one_pushes_none_out(tmp_path: Path) -> None:
+    denoiser, optimizer = trained()
+    for step in (1, 2, 3, 4):
+        save(tmp_path, denoiser, optimizer, {"step": step}, keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    # A run that went on from step 4 because step 9 is damaged, keeping one:
+    (tmp_path / "step-00000009").mkdir()
+    save(tmp_path, denoiser, optimizer, {"step": 5}, keep=1)
+    found = latest(tmp_path)
+    assert found is not None and found[1]["step"] == 5
+    save(tmp_path, denoiser, optimizer, {"step": 10}, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000010"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
+    denoiser, optimizer = trained()
+    (tmp_path / ".step-00000001.12345.tmp").mkdir()
+    (tmp_path / ".step-00000001.12345.tmp" / "model.safetensors").write_bytes(b"half")
+    assert latest(tmp_path) is None
+    save(tmp_path, denoiser, optimizer, {"step": 1}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("file", [1, 2])
+def test_a_full_disk_leaves_the_checkpoint_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int
+) -> None:
+    """The disk fills up in the first or second file of the checkpoint of step 6."""
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 10 + file:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(checkpoint, "save_file", full)
+        run(tmp_path / "a", OFTEN)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "metrics.jsonl", *[f"step-{k:08d}" for k in range(1, 6)],
+    ]  # fmt: skip
+    assert same_weights(run(tmp_path / "a", OFTEN), run(tmp_path / "b", OFTEN))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+
+
+def test_a_resume_with_other_settings_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path, settings={"recipe": {"learning_rate": 1}, "arm": "adapted"})
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path, settings={"recipe": {"learning_rate": 2}, "arm": "adapted"})
+    message = str(caught.value)
+    assert "trained with other settings" in message and "'learning_rate': 1" in message and "arm" not in message
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}])
+def test_a_model_of_another_shape_is_refused_untouched(tmp_path: Path, changes: dict[str, int]) -> None:
+    run(tmp_path)
+    other = make_denoiser("float32", **changes)
+    before = weights(other)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        run(tmp_path, denoiser=other)
+    assert same_weights(before, other)

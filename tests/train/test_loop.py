@@ -1,0 +1,375 @@
+"""The training loop: exact accumulation, exact resume, honest budgets, interruptions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffulm.denoiser import HFDenoiser
+from diffulm.layout import Annealing, Full, Rows, visible
+from diffulm.objective import diffusion_loss
+from diffulm.train import loop
+from diffulm.train.config import TrainConfig
+from diffulm.train.loop import Budget, Progress, find_budget, plan_budget, train_step
+from diffulm.train.metrics import Metrics, read_metrics
+from diffulm.train.optim import WSD_DECAY, build_optimizer, learning_rate
+
+from .tiny import CONFIG, LENGTH, SPECIAL, make_denoiser, make_loader, numbers, run, same_weights, weights
+
+CPU = torch.device("cpu")
+
+
+def gradients(denoiser: HFDenoiser, micros: list[Rows], normalisation: str = "nelbo") -> tuple[float, list[Tensor]]:
+    """(loss, gradients) of one step at rate 0 without clipping; nothing moves."""
+    config = replace(CONFIG, clip=1e9)
+    optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.0)
+    done = train_step(denoiser, optimizer, micros, 0, 0.0, config, normalisation)
+    assert done is not None
+    return done[0], [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("normalisation", ["nelbo", "masked"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_accumulation_changes_nothing(family: str, normalisation: str) -> None:
+    """1 x 8 = 8 x 1 = uneven parts, with samples of very different maskable counts, in float64."""
+    denoiser = make_denoiser(family=family)
+    whole = make_loader(replace(CONFIG, micro_batch=8)).rows(1)
+    counts = {rows.maskable for rows in make_loader(replace(CONFIG, micro_batch=1)).rows(1)}
+    assert len(counts) > 1, "the samples must differ for the test to say anything"
+    loss, expected = gradients(denoiser, whole, normalisation)
+    assert len(expected) > 10 and any(g.abs().max() > 1e-3 for g in expected)
+    for micro in (1, 3, 4):
+        other_loss, other = gradients(denoiser, make_loader(replace(CONFIG, micro_batch=micro)).rows(1), normalisation)
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        for a, b in zip(expected, other, strict=True):
+            assert (a - b).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("normalisation", ["nelbo", "masked"])
+def test_the_loss_is_what_the_formula_says(normalisation: str) -> None:
+    """Weights n/l on the masked tokens' cross-entropy, divided by the maskable or by the noised, written out."""
+    denoiser = make_denoiser()
+    micros = make_loader().rows(0)
+    total, maskable, noised = 0.0, 0, 0
+    for rows in micros:
+        model: Any = denoiser.model
+        mask = torch.zeros((), dtype=torch.float64).where(visible(rows), torch.finfo(torch.float64).min)[:, None]
+        with torch.no_grad():
+            logits = model(input_ids=rows.ids, attention_mask=mask, position_ids=rows.position).logits
+        logits[..., SPECIAL.mask] = -math.inf
+        log_p = logits.log_softmax(-1)
+        for b in range(len(rows.ids)):
+            hidden = (rows.ids[b] == SPECIAL.mask).nonzero()[:, 0].tolist()
+            n = int((rows.valid[b] & (rows.ids[b] != SPECIAL.bos)).sum())
+            mine = rows.target[rows.source // LENGTH == b].tolist()
+            total += n / len(hidden) * sum(-float(log_p[b, i - 1, t]) for i, t in zip(hidden, mine, strict=True))
+            maskable, noised = maskable + n, noised + len(hidden)
+    loss, _ = gradients(denoiser, micros, normalisation)
+    assert loss == pytest.approx(total / (maskable if normalisation == "nelbo" else noised), rel=1e-6)
+
+
+def test_the_gradient_is_that_of_the_loss() -> None:
+    """Against a finite difference of the same step's loss, in the direction of the gradient.
+
+    GPT-2: Llama's norms and rotations round to float32, and its embedding drops the gradient of the padding row.
+    """
+    denoiser, micros = make_denoiser(family="gpt2"), make_loader().rows(0)
+    _, grads = gradients(denoiser, micros)
+    slope = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, g in zip(denoiser.parameters(), grads, strict=True):
+                p += sign * 1e-6 / slope * g
+            total = sum(float((denoiser.nll(rows) * rows.weight).sum()) for rows in micros)
+            values.append(total / sum(rows.maskable for rows in micros))
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update() -> None:
+    denoiser = make_denoiser("float32")
+    optimizer = build_optimizer(denoiser, CONFIG)
+    with torch.no_grad():
+        next(denoiser.parameters())[5] = math.inf
+    before = weights(denoiser)
+    with pytest.raises(FloatingPointError, match=r"step 4 is not finite; lower train.learning_rate or train.clip"):
+        train_step(denoiser, optimizer, make_loader().rows(0), 3, 1e-3, CONFIG)
+    assert same_weights(before, denoiser) and not optimizer.state
+
+
+def test_clipping_and_decay() -> None:
+    denoiser = make_denoiser()
+    groups = build_optimizer(denoiser, CONFIG).param_groups
+    assert {p.ndim for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
+    assert {p.ndim for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
+    assert sum(len(g["params"]) for g in groups) == len(list(denoiser.parameters()))
+    done = train_step(
+        denoiser, torch.optim.SGD(denoiser.parameters()), make_loader().rows(0), 0, 0.0, replace(CONFIG, clip=0.01)
+    )
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in denoiser.parameters() if p.grad is not None))
+    assert done is not None and done[1] > 0.01 and norm == pytest.approx(0.01, rel=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- learning rate
+
+
+def test_learning_rate_schedules() -> None:
+    base = TrainConfig(learning_rate=2.0, warmup=0.1, final_rate=0.25)
+    for decay in ("cosine", "wsd", "constant"):
+        config = replace(base, decay=decay)  # type: ignore[arg-type]
+        assert learning_rate(config, 0.05) == pytest.approx(1.0), "half way up"
+        assert learning_rate(config, 0.1) == pytest.approx(2.0), "the peak"
+    cosine, wsd = base, replace(base, decay="wsd")
+    assert learning_rate(cosine, 0.55) == pytest.approx(2 * (0.25 + 0.75 / 2)), "half way down"
+    assert learning_rate(cosine, 1.0) == pytest.approx(0.5) == learning_rate(wsd, 1.0)
+    assert learning_rate(wsd, 1 - WSD_DECAY) == pytest.approx(2.0) and learning_rate(wsd, 0.5) == 2.0
+    assert learning_rate(wsd, 1 - WSD_DECAY / 2) == pytest.approx(2 * (0.25 + 0.75 / 2))
+    assert learning_rate(replace(base, decay="constant"), 1.0) == 2.0
+    assert learning_rate(replace(base, warmup=0.0), 1e-9) == pytest.approx(2.0)
+    assert learning_rate(replace(base, warmup=1.0), 1.0) == pytest.approx(2.0)
+    assert learning_rate(replace(base, final_rate=0.0), 1.0) == pytest.approx(0.0)
+
+
+# --------------------------------------------------------------------------------------------------- budget
+
+
+def test_budgets_in_steps_and_tokens() -> None:
+    denoiser, batches = make_denoiser("float32"), make_loader()
+    none = replace(CONFIG, steps=None)
+    assert find_budget(CONFIG, batches, denoiser, length=LENGTH, device=CPU) == Budget(8, 128)
+    tokens = replace(none, tokens=1000)
+    assert find_budget(tokens, batches, denoiser, length=LENGTH, device=CPU) == Budget(7, 128)
+    assert find_budget(replace(none, tokens=1), batches, denoiser, length=LENGTH, device=CPU) == Budget(1, 128)
+    with pytest.raises(ValueError, match=r"set train.steps, train.tokens or train.minutes"):
+        find_budget(none, batches, denoiser, length=LENGTH, device=CPU)
+
+
+def test_minutes_are_timed_once_and_change_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = make_denoiser("float32")
+    before = weights(denoiser)
+    config = replace(CONFIG, steps=None, minutes=0.5)
+    micros = []
+    real = loop.diffusion_loss
+    monkeypatch.setattr(loop, "diffusion_loss", lambda d, rows, **k: micros.append(rows) or real(d, rows, **k))
+    budget = plan_budget(
+        tmp_path, lambda: find_budget(config, make_loader(), denoiser, length=LENGTH, device=CPU)
+    )  # fmt: skip
+    assert len(micros) == loop.WARM_UP_MICRO + loop.TIMED_MICRO
+    assert same_weights(before, denoiser) and all(p.grad is None for p in denoiser.parameters())
+    assert budget.tokens_per_second is not None and budget.tokens_per_step == 128
+    assert budget.steps == round(0.5 * 60 * budget.tokens_per_second / 128)
+    stored = json.loads((tmp_path / "budget.json").read_text())
+    assert stored == vars(budget)
+    # The resumed run keeps it, however fast the machine now is.
+    assert plan_budget(tmp_path, lambda: pytest.fail("timed again")) == budget
+
+
+# --------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "autocast", "float64"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resume_is_the_uninterrupted_run(tmp_path: Path, dtype: str, family: str, dropout: float) -> None:
+    """Stopped after 1, 3 and 6 of 8 steps, each time in a fresh model: the same weights and metrics, bit for bit."""
+    changes = {"attention_dropout": dropout} if family == "llama" else {"attn_pdrop": dropout}
+
+    def fresh() -> HFDenoiser:
+        denoiser = make_denoiser(dtype, family=family)
+        for key, value in changes.items():
+            setattr(denoiser.config, key, value)
+        return denoiser
+
+    more: dict[str, Any] = {"heldout": lambda: 1.5, "anneal_ratio": Annealing(4).ratio}
+    expected = run(tmp_path / "whole", denoiser=fresh(), **more)
+    for stop in (1, 3, 6):
+
+        def interrupt(p: Progress, at: int = stop) -> None:
+            if p.step == at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", denoiser=fresh(), report=interrupt, **more)
+    resumed = run(tmp_path / "parts", denoiser=fresh(), **more)
+    assert same_weights(expected, resumed)
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "parts") and len(numbers(tmp_path / "whole")) == 8
+    assert not same_weights(expected, fresh())
+
+
+def test_metrics_say_what_happened(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    scores = iter([3.0, 2.0, 1.0, 0.5])
+    config = replace(CONFIG, heldout_evaluations=4)
+    run(tmp_path, config, report=seen.append, heldout=lambda: next(scores), anneal_ratio=Annealing(4).ratio)
+    rows = read_metrics(tmp_path)
+    assert [r["step"] for r in rows] == list(range(1, 9)) == [p.step for p in seen]
+    assert [r["tokens"] for r in rows] == [128 * k for k in range(1, 9)]
+    assert [r["heldout"] for r in rows] == [None, 3.0, None, 2.0, None, 1.0, None, 0.5]
+    assert [r["annealing"] for r in rows] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert [r["learning_rate"] for r in rows] == [learning_rate(config, k / 8) for k in range(1, 9)]
+    loader = make_loader()
+    for n, row in enumerate(rows):
+        noised = sum(rows.noised for rows in loader.rows(n))
+        assert sum(count for _, count in row["by_level"]) == noised and row["by_level"][0] == [0.0, 0]
+    assert rows[-1]["loss"] < rows[0]["loss"] and all(r["grad_norm"] > 0 for r in rows)
+    assert seen[-1].left == 0 and seen[0].left > 0 and seen[-1].loss == rows[-1]["loss"]
+
+
+def test_a_finished_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(tmp_path)
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(loop.checkpoint, "save", lambda *a, **k: pytest.fail("saved again"))
+    assert same_weights(run(tmp_path), expected) and len(read_metrics(tmp_path)) == 8
+
+
+def test_training_starts_from_what_it_was_given_and_ends_elsewhere(tmp_path: Path) -> None:
+    start = weights(make_denoiser("float32"))
+    assert not same_weights(start, run(tmp_path, replace(CONFIG, steps=2)))
+
+
+# ------------------------------------------------------------------------------------------- interruptions
+
+
+def send(number: int, at: int) -> Callable[[Progress], None]:
+    return lambda p: os.kill(os.getpid(), number) if p.step == at else None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_keeps_the_last_completed_step(tmp_path: Path, number: int) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", report=send(number, 5))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before, "handlers are put back"
+    assert [p.name for p in sorted((tmp_path / "a").glob("step-*"))] == ["step-00000005"]
+    assert [r["step"] for r in read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5]
+    assert same_weights(run(tmp_path / "a"), run(tmp_path / "b"))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+
+
+def test_an_interruption_inside_a_step_leaves_the_step_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The signal arrives in the first micro-batch of step 4: no half gradient is ever applied."""
+    calls = []
+
+    def noticed(denoiser: HFDenoiser, rows: Rows, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 7:  # two micro-batches a step
+            os.kill(os.getpid(), signal.SIGINT)
+        return diffusion_loss(denoiser, rows, **more)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "diffusion_loss", noticed)
+        run(tmp_path / "a")
+    assert len(calls) == 7 and (tmp_path / "a" / "step-00000003").is_dir()
+    assert "a checkpoint follows" in caplog.text
+    assert same_weights(run(tmp_path / "a"), run(tmp_path / "b"))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+
+
+def test_an_interruption_in_the_last_step_is_not_swallowed(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", report=send(signal.SIGINT, 8))
+    assert (tmp_path / "a" / "step-00000008").is_dir()
+    assert same_weights(run(tmp_path / "a"), run(tmp_path / "b"))
+
+
+def test_an_interruption_before_the_first_step_writes_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(*a: Any, **k: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return diffusion_loss(*a, **k)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "diffusion_loss", at_once)
+        run(tmp_path / "a")
+    assert not list((tmp_path / "a").glob("step-*"))
+    assert same_weights(run(tmp_path / "a"), run(tmp_path / "b"))
+
+
+def test_a_second_ctrl_c_ends_at_once_but_torchruns_sigterm_does_not(tmp_path: Path) -> None:
+    def twice(first: int, second: int) -> Callable[[Progress], None]:
+        def report(p: Progress) -> None:
+            if p.step == 2:
+                os.kill(os.getpid(), first)
+                os.kill(os.getpid(), second)
+
+        return report
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "both", report=twice(signal.SIGINT, signal.SIGTERM))
+    assert (tmp_path / "both" / "step-00000002").is_dir()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "again", report=twice(signal.SIGINT, signal.SIGINT))
+    assert not list((tmp_path / "again").glob("step-*")), "no checkpoint: at once"
+
+
+# ---------------------------------------------------------------------------------------- annealing, metrics
+
+
+def test_annealing_opens_as_in_the_paper() -> None:
+    annealing = Annealing(4, seed=1)
+    assert [annealing.ratio(k) for k in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    for k in range(3):
+        matrix = annealing.matrix(k, 200)
+        assert matrix is not None and matrix.shape == (200, 200) and matrix.dtype == torch.bool
+        assert float(matrix.float().mean()) == pytest.approx(annealing.ratio(k), abs=0.01)
+        assert torch.equal(matrix, Annealing(4, seed=1).matrix(k, 200))  # type: ignore[arg-type]
+    assert not torch.equal(annealing.matrix(0, 50), Annealing(4, seed=2).matrix(0, 50))  # type: ignore[arg-type]
+    assert annealing.matrix(3, 200) is None and Annealing(0).matrix(0, 9) is None and Annealing(0).ratio(0) == 1
+
+
+def test_annealed_attention_is_causal_or_bernoulli() -> None:
+    matrix = Annealing(4, seed=1).matrix(1, LENGTH)
+    assert matrix is not None
+    batches = make_loader(annealing=Annealing(4, seed=1), layout=Full())
+    rows = batches.rows(1)[0]
+    together = (rows.document[:, :, None] == rows.document[:, None, :]) & rows.valid[:, None, :]
+    lower = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    expected = ((lower | matrix) & together) | torch.eye(LENGTH, dtype=torch.bool)
+    assert torch.equal(visible(rows), expected)
+
+
+def test_metrics_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+    metrics = Metrics(tmp_path, from_step=1)
+    metrics.write({"step": 2, "loss": 0.5})
+    metrics.close()
+    assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 0.5}\n'
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_metrics_are_never_half_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while a resume drops records must not lose the ones it keeps."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+
+    def killed(self: Path, target: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        Metrics(tmp_path, from_step=1)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run(tmp_path, replace(CONFIG, steps=2, tensorboard=True))
+    assert list((tmp_path / "tensorboard").glob("events*"))
