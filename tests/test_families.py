@@ -23,9 +23,6 @@ CONVERTED = [name for name in FAMILIES if name not in REFUSED]
 #: Conversion for block rows: an explicit mask is all it needs, so stablelm passes and ALiBi does not.
 NO_BLOCKS = ("gpt_neo", "lfm2", "qwen3_next", "bloom", "mpt")
 
-# transformers' own remarks about tiny configs and missing kernels go to its logger; these are the warnings.
-pytestmark = pytest.mark.filterwarnings("error")
-
 
 def fast(names: Any) -> list[Any]:
     """A few names in the fast suite, all of them among the slow tests."""

@@ -83,6 +83,15 @@ def test_logits_by_the_public_name(checkpoint: Path) -> None:
     torch.testing.assert_close(logits[:, 1:, :mask], own[:, :-1, :mask], rtol=1e-6, atol=1e-6)
 
 
+def test_under_source_own_every_position_scores_itself(child: Path) -> None:
+    change_diffusion(child, source="own")
+    model = open_child(child)
+    logits, own = model.logits(IDS), model.denoiser.model(input_ids=IDS).logits.detach()
+    mask = model.process.mask_token_id
+    assert logits.shape == own.shape and logits[:, :, mask].isneginf().all()
+    torch.testing.assert_close(logits[:, :, :mask], own[:, :, :mask], rtol=1e-6, atol=1e-6)
+
+
 def test_padding_does_not_show_in_the_logits(checkpoint: Path) -> None:
     model = open_child(checkpoint, dtype="float64")
     attention = torch.ones_like(IDS)
@@ -155,14 +164,12 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(child: Path) -> None:
         open_child(child)
 
 
-def test_a_checkpoint_that_turned_causal_is_refused(child: Path) -> None:
-    """The flag lost by another program: loading would give a model that sees half of the text."""
-    change_config(child, is_causal=True)
-    model, _ = hub.open_model(child, dtype=torch.float32)
-    assert model.config.is_causal is True
-    # diffulm itself passes a full mask, so its own logits stay right ...
-    assert open_child(child).logits(IDS).isfinite()[..., :300].all()
-    # ... and a family that ignores masks has been refused before (tests/test_families.py).
+@pytest.mark.parametrize("flag", [True, None])
+def test_a_checkpoint_that_turned_causal_is_refused(child: Path, flag: bool | None) -> None:
+    """The key lost by another program: plain transformers would open a model that sees half of the text."""
+    change_config(child, is_causal=flag)
+    with pytest.raises(ValueError, match=r"does not say is_causal: false.*llama causal; put the key back"):
+        open_child(child)
 
 
 def test_a_parent_is_no_diffusion_checkpoint(parent: Path) -> None:

@@ -183,6 +183,11 @@ def test_levels_of_groups_batches_and_purposes_differ() -> None:
     assert not levels.equal(stratified_levels(0, 64, 64, batch=64, groups=3))
     assert not levels.equal(stratified_levels(1, 0, 64, batch=64, groups=3))
     assert not levels.equal(stratified_levels(0, 0, 64, batch=64, groups=3, purpose="eval"))
+    # One offset per batch and group: where a batch stands within its strata.
+    offsets = [
+        float(stratified_levels(0, n * 8, 8, batch=8, groups=2)[:, g].min()) for n in range(20) for g in range(2)
+    ]
+    assert len(set(offsets)) == 40 and min(offsets) < 0.02 < 0.1 < max(offsets) < 1 / 8
 
 
 # ---------------------------------------------------------------------------------------------------- schedules

@@ -41,7 +41,9 @@ def metaspace_tokenizer() -> Any:
 
 def test_special_tokens_fall_back_to_the_end_token() -> None:
     assert special_tokens(build_tokenizer()) == SpecialTokens(bos=0, eos=1, pad=1, mask=None)
-    assert special_tokens(build_tokenizer(bos=None)) == SpecialTokens(bos=0, eos=0, pad=0, mask=None)
+    without = build_tokenizer()
+    without.bos_token = None
+    assert special_tokens(without) == SpecialTokens(bos=1, eos=1, pad=1, mask=None)
     assert special_tokens(build_tokenizer(mask="[M]")) == SpecialTokens(bos=0, eos=1, pad=1, mask=2)
     padded = build_tokenizer()
     padded.add_special_tokens({"pad_token": "<pad>"})

@@ -334,6 +334,11 @@ def check_attention(denoiser: HFDenoiser, *, name: str, layout: Full | Block | N
     family = denoiser.config.model_type
     layout = layout or Full("own")
     other = "choose another family (llama, qwen2, qwen3, gpt2, ...)"
+    if layout.name == "full" and denoiser.own_pattern != "full":
+        raise ValueError(
+            f"{name}: its config does not say is_causal: false, so plain transformers would open this {family} causal; "
+            "put the key back into config.json, or convert the parent again"
+        )
     if layout.name == "full" and (windows := windowed_layers(denoiser.config)):
         raise ValueError(
             f"{name}: {family} has layers that do not see the whole text ({', '.join(windows)}); windows are opened by "

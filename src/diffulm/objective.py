@@ -36,10 +36,11 @@ def diffusion_loss(denoiser: Denoiser, rows: Rows, *, normalisation: Normalisati
     noised ones, as the paper's released code does (about twice as large, a ratio estimator).
     With nothing noised the sum is 0 and still has a gradient (of zeros), so no rank of a group is left waiting.
     """
-    nll_N = denoiser.nll(rows).float()
+    nll_N = denoiser.nll(rows)
+    nll_N = nll_N.to(torch.promote_types(nll_N.dtype, torch.float32))
     total = (nll_N * rows.weight).sum()
     bins_N = (rows.level * (LEVEL_BINS - 1)).ceil().long().clamp(0, LEVEL_BINS - 1)
     seen_N = (rows.weight > 0).float()
     by_level = torch.zeros(LEVEL_BINS, 2, device=nll_N.device)
-    by_level.index_add_(0, bins_N, torch.stack([nll_N.detach() * seen_N, seen_N], 1))
+    by_level.index_add_(0, bins_N, torch.stack([nll_N.detach().float() * seen_N, seen_N], 1))
     return Loss(total, rows.maskable if normalisation == "nelbo" else rows.noised, by_level)

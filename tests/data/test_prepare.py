@@ -569,3 +569,13 @@ def test_the_caller_s_progress_bars_stay_as_they_were(tmp_path: Path, capfd: pyt
 def test_importing_loads_neither_torch_nor_datasets() -> None:
     code = "import sys, diffulm.data.prepare; sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})
+
+
+def test_the_name_of_a_special_token_is_ordinary_text(tmp_path: Path) -> None:
+    name = TOKENIZER.eos_token or TOKENIZER.all_special_tokens[0]
+    special = TOKENIZER.convert_tokens_to_ids(name)
+    run(tmp_path / "out", jsonl(tmp_path / "a.jsonl", [f"before {name} after {i}" for i in range(20)]))
+    for split in ("train", "heldout"):
+        store = TokenStore.open(tmp_path / "out" / "a" / split)
+        assert all(special not in store.document(i) for i in range(len(store)))
+    assert all(name in text for text in both(tmp_path / "out", "a"))

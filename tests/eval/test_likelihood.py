@@ -145,7 +145,7 @@ def test_even_draws_come_in_complementary_pairs(model: Model) -> None:
     assert [int((int(n) - 1) / 20 * 4) for n in noised[::2].sum(1)] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("draws", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("draws", [1, 2, 3, 4, 5])
 def test_the_bound_is_unbiased_for_any_number_of_draws(model: Model, draws: int) -> None:
     """A denoiser whose nats are a steep function of the noise level; n = 6 tokens, the mean over levels is known."""
     special, n = special_tokens(model.tokenizer), 6
@@ -154,7 +154,7 @@ def test_the_bound_is_unbiased_for_any_number_of_draws(model: Model, draws: int)
         def nll(self, rows: Rows) -> Tensor:
             return rows.level.double() ** 2
 
-    windows = [Window(tuple(range(5, 5 + n)), w, float(n)) for w in range(3000)]
+    windows = [Window(tuple(range(5, 5 + n)), w, float(n)) for w in range(1500)]
     got = score_windows(ByLevel(), Full(), model.process, windows, special, draws=draws, batch=1000)
     truth = sum(n * (c / n) ** 2 for c in range(1, n + 1)) / n
     assert truth > 2.5 and abs(got.nats / len(windows) - truth) < 4 * np.std(got.per_window) / math.sqrt(len(windows))

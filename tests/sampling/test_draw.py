@@ -148,6 +148,9 @@ def test_the_last_uniform_takes_the_last_token_with_mass() -> None:
     assert drawn(Draw(), log_probs, [EDGE]).tolist() == [2]
     tail = torch.tensor([0.0, -100.0, -INF])
     assert drawn(Draw(), tail, [EDGE, 1 - 2**-52, 0.0]).tolist() == [0, 0, 0]
+    one = torch.tensor([EDGE], dtype=torch.float32)  # rounds to 1, on devices without float64
+    assert float(one) == 1.0
+    assert Draw()(log_probs[None], one).tolist() == [2]
     generator = torch.Generator().manual_seed(1)
     many = torch.randn(300, 5000, generator=generator)
     many[:, -40:] = -INF

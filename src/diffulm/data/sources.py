@@ -222,7 +222,9 @@ def tokenised(
             yield {"text": text, "heldout": held, "bytes": len(text.encode())}
 
     def encode(texts: Sequence[str]) -> dict[str, Any]:
-        return {"ids": tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]}
+        # The name of a special token in a text is ordinary text: nothing in data may open, end or mask anything.
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return {"ids": tokenizer(list(texts), **plain)["input_ids"]}
 
     columns = {"heldout": Value("bool"), "bytes": Value("int64")}
     wide = Features(columns | {"text": Value("large_string")})  # arrow's plain strings end at 2 GiB a batch
