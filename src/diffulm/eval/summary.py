@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ def build_report(
     largest share of held-out 13-grams found in the training text of a source.
     """
     import torch
-    import transformers
 
     adapted = arms["adapted"]
     gain, gain_stderr = paired_gain(scores["before"], scores["after"], windows)
@@ -48,7 +48,7 @@ def build_report(
         "versions": {
             "diffulm": __version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "python": platform.python_version(),
         },
         "command": command,

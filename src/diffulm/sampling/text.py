@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..denoiser import HFDenoiser
-from ..hub import Model
-from ..layout import layout_from_config
+from ..layout import Denoiser, Layout, layout_from_config
 from ..process import MaskedDiffusion
 from ..schedule import schedule_from_name
 from ..tokenizer import SpecialTokens, decode, encode, encode_after, special_tokens
@@ -30,6 +29,24 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "threshold": Threshold,
 }
 _HOLE = re.compile(r"<hole(?::(\d+))?>")
+
+
+class Model(Protocol):
+    """What text needs of a loaded model; `hub.load` gives one."""
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def process(self) -> MaskedDiffusion: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def device(self) -> torch.device: ...
+
 
 Watch = Callable[[Canvas, Step], None]
 
