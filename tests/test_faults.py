@@ -162,8 +162,10 @@ def test_kill_9_in_any_stage(whole: Whole, tmp_path: Path) -> None:
 
 
 #: What the stages say, in order; Ctrl-C follows after a random moment.
-SAID = ["converting", "preparing text", "scoring parent", "scoring before", "training the diffusion", "11/150", "91/150",
-        "scoring after", "drawing samples"]  # fmt: skip
+SAID = (
+    "converting", "preparing text", "scoring parent", "scoring before", "training the diffusion", "11/150", "91/150",
+    "scoring after", "drawing samples",
+)  # fmt: skip
 
 
 def test_ctrl_c_in_every_stage(whole: Whole, tmp_path: Path) -> None:

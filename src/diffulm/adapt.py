@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def adapt(
         ValueError: bad input, with the remedy; nothing is left half-written.
         KeyboardInterrupt: Ctrl-C; the same call resumes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("adapt runs in one process; start it without torchrun (one GPU is used if there is one)")
     out = Path(out)
     claim(out, recipe, control)
     if (out / "report.json").is_file():
@@ -92,8 +95,8 @@ def adapt(
         return report
     where = runtime.pick_device(device)
     wants = recipe.train.compile
-    pays = where.type == "cuda" or runtime.has_cpp_compiler()
-    run = Run(recipe, out, offline, say, on_step, where, wants == "on" or (wants == "auto" and pays))
+    pays = wants == "on" or (wants == "auto" and (where.type == "cuda" or runtime.can_compile()))
+    run = Run(recipe, out, offline, say, on_step, where, pays)
     started = time.perf_counter() - float(read_state(out).get("seconds_before", 0))
     try:
         convert_stage(run)

@@ -48,6 +48,8 @@ class HFDenoiser(nn.Module):
         self.mask_row_added = mask_row_added
         self.precision = precision or Precision(next(model.parameters()).dtype)
         self.config: Any = model.config
+        # Padding comes from lengths. With pad = EOS, a padding index would deny the end of text its gradient.
+        self.model.get_input_embeddings().padding_idx = None  # type: ignore[operator]
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
 
     @property

