@@ -111,7 +111,8 @@ def adapt(
         after = score(run, "after", windows, draws=recipe.eval.draws)
         samples = sample_stage(run)
     finally:
-        write_state(out, seconds_before=time.perf_counter() - started)
+        peak = max(runtime.peak_memory_bytes(), int(read_state(out).get("peak_memory_bytes", 0)))
+        write_state(out, seconds_before=time.perf_counter() - started, peak_memory_bytes=peak)
     scores = {"parent": parent, "before": before, "after": after}
     if continued:
         scores["parent_continued"] = continued
@@ -120,14 +121,30 @@ def adapt(
         scores,
         windows,
         arms={arm: read_metrics(out / arm) for arm in ("adapted", "continued")},
+        few=few_windows(windows),
         overlap=max(source["ngram13"]["overlap"] for source in data_report["sources"].values()),
         samples=samples,
         dtype=str(training_precision(run)),
         command=command,
         total_seconds=time.perf_counter() - started,
+        peak_memory_bytes=peak,
     )
+    write_measured(out / "model", report)
     write_report(report, out)
     return report
+
+
+def write_measured(folder: Path, report: dict[str, Any]) -> None:
+    """Put the measured numbers into the model card (once)."""
+    card, heading = folder / "README.md", "## Measured"
+    text = card.read_text(encoding="utf-8").split(heading)[0].rstrip()
+    names = {"parent": "parent, exact", "before": "before training, bound", "after": "after training, bound"}
+    rows = "\n".join(
+        f"| {label} | {report[k]['bits_per_byte']:.3f} | {report[k]['nats_per_token']:.3f} |"
+        for k, label in names.items()
+    )
+    table = f"| held-out text | bits per byte | nats per token |\n|---|---|---|\n{rows}\n"
+    runtime.write_atomic(card, f"{text}\n\n{heading}\n\n{report['tokens']:,} tokens, {report['dtype']}.\n\n{table}")
 
 
 def claim(out: Path, recipe: Recipe, control: bool) -> None:
@@ -228,11 +245,12 @@ _REMARKS = {
 
 
 def as_source(config: SourceConfig) -> Source:
-    return Source(config.name, config.path, config.weight, config.text_field, tuple(config.exclude))
+    weight = 1.0 if config.weight is None else config.weight
+    return Source(config.name, config.path, weight, config.text_field, tuple(config.exclude), tuple(config.more))
 
 
 def heldout_windows(run: Run, stores: dict[str, tuple[TokenStore, TokenStore]]) -> list[Window]:
-    """Windows of held-out documents, sources taking turns, one per document before a second of any."""
+    """Held-out windows, an equal share of each source: the first window of every document before a second of any."""
     by_source = []
     for _, held in stores.values():
         documents = [held.document(i).tolist() for i in range(len(held))]
@@ -257,7 +275,8 @@ def open_arm(run: Run, folder: Path, *, causal: bool) -> tuple[HFDenoiser, Any, 
     precision = training_precision(run)
     model, _ = hub.open_model(folder, dtype=precision.weights)
     tokenizer = load_tokenizer(folder)
-    special = special_tokens(tokenizer)
+    # The parent has no mask token, but what the child leaves out of the score is left out for it too.
+    special = special_tokens(load_tokenizer(run.out / "init"))
     added = bool(getattr(model.config, "diffusion", {}).get("mask_row_added", True)) if not causal else True
     denoiser = HFDenoiser(
         model.to(run.device), None if causal else special.mask, mask_row_added=added, precision=precision
@@ -267,7 +286,10 @@ def open_arm(run: Run, folder: Path, *, causal: bool) -> tuple[HFDenoiser, Any, 
 
 def training_precision(run: Run) -> runtime.Precision:
     """The recipe's dtype, or the one measured here; asked once and stored, so that a resume computes the same."""
-    stored = read_state(run.out).get("dtype")
+    state = read_state(run.out)
+    stored = state.get("dtype")
+    if state.get("threads", torch.get_num_threads()) != torch.get_num_threads():
+        run.say(f"this run began with {state['threads']} threads: resumed with others it is not the same bit for bit")
     name = stored or run.recipe.train.dtype
     if name == "auto":
         config = runtime.read_json(run.out / "init" / "config.json")
@@ -287,8 +309,8 @@ def parent_folder(run: Run) -> Path:
     """The parent as an ordinary folder with the run's start token: opened once per run from wherever it came."""
     folder = run.out / "parent"
     if not (folder / "config.json").is_file():
-        model, _ = hub.load_parent(run.recipe.model.parent, offline=run.offline)
-        tokenizer = load_tokenizer(run.out / "init")
+        model, tokenizer = hub.load_parent(run.recipe.model.parent, offline=run.offline)
+        tokenizer.bos_token = load_tokenizer(run.out / "init").bos_token
         with runtime.atomic_folder(folder) as aside, hub.quiet_transformers():
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
@@ -351,7 +373,10 @@ def train_arm(run: Run, arm: str, stores: dict[str, tuple[TokenStore, TokenStore
     )
     annealing = Annealing(round(config.annealing * budget.steps), config.seed)
     loader = dataclasses.replace(loader, annealing=annealing)
-    few = windows[:: max(1, len(windows) // 6)][:6]
+    passes = loader.mixture.epochs(budget.steps * config.batch)
+    if passes > 4:
+        run.say(f"  a source of text is passed over {passes:.0f} times in this budget: more text would serve better")
+    few = few_windows(windows)
 
     def heldout() -> float:
         estimate = score_windows(denoiser, layout, process, few, special, draws=2, seed=1, device=run.device)
@@ -373,6 +398,11 @@ def train_arm(run: Run, arm: str, stores: dict[str, tuple[TokenStore, TokenStore
         hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=weights, card=card(run, seen))
 
 
+def few_windows(windows: list[Window]) -> list[Window]:
+    """The windows of the in-loop evaluation: six at most, spread over all."""
+    return windows[:: max(1, len(windows) // 6)][:6]
+
+
 def build_loader(
     run: Run,
     stores: dict[str, tuple[TokenStore, TokenStore]],
@@ -385,7 +415,9 @@ def build_loader(
         Sequences.cut(stores[s.name][0], recipe.data.length, special, pack=recipe.data.pack)
         for s in recipe.data.sources
     ]
-    mixture = Mixture(sequences, [s.weight for s in recipe.data.sources], recipe.train.seed)
+    given = [s.weight for s in recipe.data.sources]
+    weights = [float(len(q)) if w is None else w for q, w in zip(sequences, given, strict=True)]
+    mixture = Mixture(sequences, weights, recipe.train.seed)
     return Loader(
         mixture, layout, process, recipe.train.batch, recipe.train.micro_batch, recipe.train.seed,
         form=recipe.noise.form, complementary=recipe.noise.complementary, fixed_shapes=run.device.type == "cuda",
@@ -394,8 +426,11 @@ def build_loader(
 
 def card(run: Run, tokens: int) -> str:
     """What a model card says beyond the config."""
-    texts = ", ".join(f"{s.path} (weight {s.weight:g})" for s in run.recipe.data.sources)
-    return f"Recipe `{run.recipe.name}`, {tokens:,} tokens of: {texts}. Measured numbers: see the run's report.\n"
+    texts = ", ".join(
+        f"{' '.join((s.path, *s.more))}" + (f" (weight {s.weight:g})" if s.weight else "")
+        for s in run.recipe.data.sources
+    )
+    return f"Recipe `{run.recipe.name}`, {tokens:,} tokens of: {texts}. \n"
 
 
 def sample_stage(run: Run) -> dict[str, Any]:
@@ -405,6 +440,9 @@ def sample_stage(run: Run) -> dict[str, Any]:
         found: dict[str, Any] = stored
         return found
     settings = run.recipe.eval
+    if run.recipe.model.layout != "full":
+        run.say("no samples: only the full layout is sampled")
+        return {"completions": [], "infills": [], "settings": "none: only the full layout is sampled"}
     run.say("drawing samples")
     parent, _ = hub.open_model(parent_folder(run), dtype=torch.float32)
     tokenizer = load_tokenizer(run.out / "init")

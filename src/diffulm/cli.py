@@ -94,9 +94,7 @@ def adapt(
     if seed is not None:
         chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, seed=seed))
     if text:
-        sources = tuple(
-            SourceConfig(f"text{i}" if i else "text", path, text_field=text_field) for i, path in enumerate(text)
-        )
+        sources = (SourceConfig("text", text[0], text_field=text_field, more=tuple(text[1:])),)
         chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, sources=sources))
     if strict:
         chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, strict=True))
@@ -213,8 +211,7 @@ def prepare(
         raise ValueError("there is no text; give at least one file, folder or data set")
     folder, gguf = hub.resolve(tokenizer)
     loaded = load_tokenizer(folder, **({"gguf_file": gguf} if gguf else {}))
-    names = [f"text{i}" if i else "text" for i in range(len(text))]
-    sources = [Source(name, path, text_field=text_field) for name, path in zip(names, text, strict=True)]
+    sources = [Source("text", text[0], text_field=text_field, more=tuple(text[1:]))]
     report = job(sources, loaded, out, heldout_fraction=heldout, strict=strict, workers=workers)
     if json:
         print_json(report)

@@ -76,6 +76,10 @@ class Model:
             raise ValueError(f"logits of a whole sequence need the full layout; this checkpoint is {layout.name}")
         ids_BL = ids_BL.to(self.device)
         valid_BL = torch.ones_like(ids_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if bool((valid_BL[:, 1:] & ~valid_BL[:, :-1]).any()):
+            raise ValueError("pad on the right: positions count from 0, so padding in front would shift them")
+        if ids_BL.shape[1] <= layout.offset:
+            raise ValueError("under the shift a sequence needs at least two tokens: the start token and one more")
         wanted_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         wanted_BL[:, : layout.offset] = False
         logits_NV = self.denoiser(layout.decoding_rows(ids_BL, valid_BL.to(self.device), wanted_BL))

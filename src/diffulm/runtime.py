@@ -73,13 +73,18 @@ class Precision:
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The named device, else CUDA, else MPS, else CPU. ValueError when the named one is absent."""
+    """The named device, else CUDA, else CPU. ValueError when the named one is absent.
+
+    Apple's GPU is used only when it is named: it has no float64, in which tokens are drawn, and is untested.
+    """
     import torch
 
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:

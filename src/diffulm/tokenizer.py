@@ -73,9 +73,13 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text by itself, no special tokens added."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, plain: bool = False) -> list[int]:
+    """Ids of a text by itself, no special tokens added.
+
+    plain: names of special tokens in the text are ordinary text, as in prepared data.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=plain)["input_ids"]
+    return list(ids)
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

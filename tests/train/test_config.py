@@ -43,7 +43,7 @@ def test_defaults_tables_and_types(tmp_path: Path) -> None:
             parent = "somewhere"
             [data]
             length = 64
-            sources = [{ name = "a", path = "a.txt" }, { name = "b", path = "b.jsonl", weight = 2, exclude = ["x*"] }]
+            sources = [{ name = "a", path = "a.txt", weight = 1.0 }, { name = "b", path = "b.jsonl", weight = 2, exclude = ["x*"] }]
             [train]
             learning_rate = 1
             betas = [0.9, 0.95]
@@ -54,7 +54,7 @@ def test_defaults_tables_and_types(tmp_path: Path) -> None:
         )
     )
     assert recipe.name == "mine", "an unnamed recipe has its file's name"
-    assert recipe.data.sources == (SourceConfig("a", "a.txt"), SourceConfig("b", "b.jsonl", 2.0, exclude=("x*",)))
+    assert recipe.data.sources == (SourceConfig("a", "a.txt", 1.0), SourceConfig("b", "b.jsonl", 2.0, exclude=("x*",)))
     assert recipe.train == TrainConfig(learning_rate=1.0, betas=(0.9, 0.95), steps=10)
     assert isinstance(recipe.train.learning_rate, float), "an integer where a float is meant"
     assert recipe.eval.infills == (("a", "b", "c"),) and recipe.noise == NoiseConfig()
@@ -84,6 +84,10 @@ def test_defaults_tables_and_types(tmp_path: Path) -> None:
         ("[train]\nwarmup = 1.5", "train.warmup is a share of the budget and lies in [0, 1], not 1.5"),
         ("[train]\nmicro_batch = 0", "must be positive"),
         ("[noise]\nschedule = 'cosine'", "noise.schedule = 'cosine' has no effect with noise.form = 'count'"),
+        (
+            "[data]\nsources = [{ name = 'a', path = 'b', weight = 1.0 }, { name = 'c', path = 'd' }]",
+            "give every source a weight, or none",
+        ),
         ("[noise]\nar_weight = 1.0", "noise.ar_weight needs clean rows"),
         ("[model]\nlayout = 'block'\n[train]\nannealing = 0.1", "train.annealing opens causal attention"),
         ("[train\nsteps = 3", "is not valid TOML"),

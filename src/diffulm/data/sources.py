@@ -8,13 +8,14 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Source:
     or a Hub dataset as `name` or `name:config` (its train split). `weight` is the share the loader draws, relative to
     the other sources. `exclude` are fnmatch patterns on document ids: the path inside the folder for .txt,
     `path:line` for .jsonl (from 1), `path:row` for tables (from 0), the topic, the path inside the standard library.
+    `more` are further paths of the same body of text: one split, one share.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Source:
     weight: float = 1.0
     text_field: str = "text"
     exclude: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
@@ -164,6 +167,9 @@ def _open_hub(source: Source, cache: Path) -> Dataset:
 
 def open_source(source: Source, cache: Path) -> Callable[[], Iterator[Document]]:
     """A function that reads the source from the start, in the same order each time. ValueError: no such source."""
+    if source.more:
+        parts = [open_source(replace(source, path=p, more=()), cache) for p in (source.path, *source.more)]
+        return lambda: itertools.chain.from_iterable(part() for part in parts)
     if source.path.startswith("builtin:"):
         readers = {"builtin:topics": _read_topics, "builtin:stdlib": _read_stdlib}
         if source.path not in readers:

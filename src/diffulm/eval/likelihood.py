@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..layout import Block, Causal, Denoiser, Full, Layout, NoisedBatch, Rows
 from ..objective import LEVEL_BINS, diffusion_loss
 from ..process import MaskedDiffusion
 from ..runtime import generator, uniforms
-from ..tokenizer import SpecialTokens, decode, encode, special_tokens
+from ..tokenizer import SpecialTokens, encode, special_tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def score_windows(
         part = jobs[at : at + batch]
         rows, maskable = _rows(layout, process, windows, part, special, draws, seed)
         with torch.no_grad():
-            nll = denoiser.nll(rows.to(device)).double().cpu() * rows.weight.double()
+            nll = denoiser.nll(rows.to(device)).cpu().double() * rows.weight.double()
         owner = rows.source // rows.ids.shape[1]
         sums = torch.zeros(len(part), dtype=torch.float64).index_add_(0, owner, nll)
         for (w, _), value, n in zip(part, sums.tolist(), maskable, strict=True):
@@ -149,6 +149,8 @@ def _rows(
     seed: int,
 ) -> tuple[Rows, list[int]]:
     """Rows of a batch of (window, draw), and the scored tokens of each."""
+    if isinstance(layout, Block):
+        layout = replace(layout, ar_weight=0.0)  # a term of training, not of the bound
     L = 1 + max(len(windows[w].ids) for w, _ in jobs)
     x0_BL = torch.full((len(jobs), L), special.pad)
     valid_BL = torch.zeros(len(jobs), L, dtype=torch.bool)
@@ -246,7 +248,7 @@ def nelbo(model: Model, texts: Sequence[str], *, draws: int = 8, seed: int = 0, 
     Each document is cut into windows of trained_length - 1 tokens behind a start token.
     """
     special = special_tokens(model.tokenizer)
-    documents = [encode(model.tokenizer, text) for text in texts]
+    documents = [encode(model.tokenizer, text, plain=True) for text in texts]
     sizes = [float(len(text.encode())) for text in texts]
     windows = cut_windows(documents, sizes, int(model.config["trained_length"]))
     return score_windows(
@@ -301,10 +303,13 @@ def score(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, not {draws}")
     special = special_tokens(model.tokenizer)
-    joined = encode(model.tokenizer, context + continuation)
+    joined = encode(model.tokenizer, context + continuation, plain=True)
     if special.mask in joined:
         raise ValueError(f"the text holds the mask token {model.tokenizer.mask_token!r} itself; remove it")
-    n = len(joined) - len(encode(model.tokenizer, context))
+    alone = encode(model.tokenizer, context, plain=True)
+    # Tokens may straddle the edge ("fox " + "jumps" is "fox", " jumps"): what differs belongs to the continuation.
+    shared = next((i for i, (a, b) in enumerate(zip(joined, alone)) if a != b), min(len(joined), len(alone)))
+    n = len(joined) - shared
     if n < 1:
         raise ValueError(
             "the continuation has no tokens of its own; give at least one character that is not joined to the context"
@@ -331,7 +336,7 @@ def score(
             NoisedBatch(x0_BL, ids_BL, noised_BL, noised_BL, weight_BL, zeros, torch.ones_like(noised_BL), zeros)
         )
         with torch.no_grad():
-            nll = model.denoiser.nll(rows.to(model.device)).double().cpu() * rows.weight
+            nll = model.denoiser.nll(rows.to(model.device)).cpu().double() * rows.weight
         owner = rows.source // rows.ids.shape[1]
         sums = torch.zeros(len(part), dtype=torch.float64).index_add_(0, owner, nll)
         total += float(sums.sum())
@@ -349,8 +354,3 @@ def _pair_stderr(parts: np.ndarray) -> float:
     """Standard error of a sum over complementary pairs, the pairs taken as independent (stratification only helps)."""
     pairs = parts.reshape(-1, 2).sum(1)
     return float(pairs.std(ddof=1) * math.sqrt(len(pairs))) if len(pairs) > 1 else math.nan
-
-
-def window_texts(tokenizer: Any, windows: Sequence[Window]) -> list[str]:
-    """The text of each window."""
-    return [decode(tokenizer, list(w.ids)) for w in windows]

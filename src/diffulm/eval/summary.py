@@ -20,11 +20,13 @@ def build_report(
     windows: Sequence[Window],
     *,
     arms: dict[str, list[dict[str, Any]]],
+    few: Sequence[Window],
     overlap: float,
     samples: dict[str, Any],
     dtype: str,
     command: str,
     total_seconds: float,
+    peak_memory_bytes: int,
 ) -> dict[str, Any]:
     """The numbers of a run; the keys are part of the contract (docs/reference).
 
@@ -44,7 +46,7 @@ def build_report(
         "tokens": adapted[-1]["tokens"] if adapted else 0,
         "seconds": adapted[-1]["seconds"] if adapted else 0.0,
         "total_seconds": round(total_seconds, 1),
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes,
         "versions": {
             "diffulm": __version__,
             "torch": torch.__version__,
@@ -62,7 +64,7 @@ def build_report(
         "gain": {"nats_per_token": gain, "stderr": finite(gain_stderr)},
         "train": {arm: [{k: v for k, v in r.items() if k not in hidden} for r in rows] for arm, rows in arms.items()},
         "samples": samples,
-        "projection": project(adapted, scores),
+        "projection": project(adapted, parent_level(scores["parent"], windows, few)),
     }
     for what, estimate in scores.items():
         report[what] = describe(estimate, what, recipe.model.parent)
@@ -89,12 +91,18 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def project(rows: list[dict[str, Any]], scores: dict[str, Estimate]) -> dict[str, Any]:
+def parent_level(parent: Estimate, windows: Sequence[Window], few: Sequence[Window]) -> float:
+    """The parent's nats per token on the windows that the in-loop evaluation uses."""
+    chosen = [i for i, w in enumerate(windows) if w in few]
+    return sum(parent.per_window[i] for i in chosen) / max(1, sum(len(windows[i].ids) for i in chosen))
+
+
+def project(rows: list[dict[str, Any]], parent: float) -> dict[str, Any]:
     """Where the held-out curve points: the excess over the parent, as a power law of tokens, fitted in logarithms.
 
-    A straight line through a few points of a short run: the exponent is honest about this run and a guess beyond it.
+    Two confounds are said aloud: the points are few, and the learning rate falls to its end with the budget, which
+    flattens the last ones. No number is given beyond a thousand times the largest published budget.
     """
-    parent = scores["parent"].nats_per_token
     points = [[r["tokens"], r["heldout"]] for r in rows if r.get("heldout") is not None]
     out: dict[str, Any] = {"parent_level_nats": parent, "points": points, "fit": None, "tokens_to_parent": None}
     late = [(t, y - parent) for t, y in points[len(points) // 3 :] if y > parent]
@@ -106,12 +114,13 @@ def project(rows: list[dict[str, Any]], scores: dict[str, Estimate]) -> dict[str
         out["statement"] = "The held-out curve did not fall over the last evaluations: it points nowhere yet."
         if slope < -0.01:
             log_tokens = (math.log(0.1) - level) / slope
-            target = math.exp(min(log_tokens, 60.0))
-            out["tokens_to_parent"] = target if log_tokens < 60 else None
-            amount = f"about {target:.1e} tokens" if log_tokens < 45 else "more tokens than any run has used"
+            known = log_tokens < math.log(2.1e14)
+            out["tokens_to_parent"] = math.exp(log_tokens) if known else None
+            amount = f"about {math.exp(log_tokens):.1e} tokens" if known else "more tokens than any run has used"
             out["statement"] = (
                 f"The excess over the parent falls as tokens^-{-slope:.2f}; drawn on, it would come within 0.1 nats "
                 f"per token after {amount}. This is an extrapolation over many orders of magnitude from {len(late)} "
-                "points; the published adaptations used 6.5e10 to 2.1e11 tokens (arXiv 2410.17891)."
+                "points of one run, the last ones flattened by its falling learning rate; the "
+                "published adaptations used 6.5e10 to 2.1e11 tokens (arXiv 2410.17891)."
             )
     return out

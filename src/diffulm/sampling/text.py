@@ -241,6 +241,11 @@ def _run(
 
 
 def _checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
+    if diffusion["layout"] != "full":
+        raise ValueError(
+            f"text is sampled under the full layout only, and this checkpoint is {diffusion['layout']}: without "
+            "decoding block by block, later blocks would attend to masks in place of clean context"
+        )
     length, limit = canvas.ids.shape[1], int(diffusion["trained_length"])
     if length > limit:
         raise ValueError(

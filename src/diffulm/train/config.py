@@ -39,8 +39,10 @@ class SourceConfig:
     """Folder name of its token shards."""
     path: str
     """builtin:topics, builtin:stdlib, a txt / jsonl / parquet file or folder, or a Hub data set."""
-    weight: float = 1.0
-    """Share of the mixture, in sequences, relative to the other sources."""
+    weight: float | None = None
+    """Share of the mixture, in sequences, relative to the other sources; none (in all of them): by their sizes."""
+    more: tuple[str, ...] = ()
+    """Further paths of the same body of text."""
     text_field: str = "text"
     """Field that holds the text (jsonl, parquet, data sets)."""
     exclude: tuple[str, ...] = ()
@@ -178,6 +180,9 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        weights = [source.weight is None for source in self.data.sources]
+        if any(weights) and not all(weights):
+            raise ValueError("data.sources: give every source a weight, or none (then their sizes decide)")
         if self.model.layout == "full" and self.noise.ar_weight:
             raise ValueError("noise.ar_weight needs clean rows: set model.layout = 'block' or leave it out")
         if self.model.layout == "block" and self.train.annealing:

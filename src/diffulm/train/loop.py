@@ -7,6 +7,7 @@ is weights, optimizer moments and the step number: batch n, its noise and the se
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -79,9 +80,10 @@ def find_budget(
     if config.minutes is None:
         raise ValueError("the recipe has no budget; set train.steps, train.tokens or train.minutes")
     rank, world = runtime.rank_and_world()
-    micros = [rows for n in range(WARM_UP_MICRO + TIMED_MICRO) for rows in batches.rows(n, rank, world)]
+    micros = (rows for n in range(WARM_UP_MICRO + TIMED_MICRO) for rows in batches.rows(n, rank, world))
     seconds = []
-    for rows in micros[: WARM_UP_MICRO + TIMED_MICRO]:
+    denoiser.train()
+    for rows in itertools.islice(micros, WARM_UP_MICRO + TIMED_MICRO):
         start = time.perf_counter()
         diffusion_loss(denoiser, rows.to(device)).sum.backward()
         _synchronise(device)
@@ -121,9 +123,12 @@ def _time_update(module: nn.Module) -> float:
     """Seconds of clipping and an AdamW update of these parameters, at rate 0: no weight changes."""
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.grad is not None], lr=0.0, fused=True)
     optimizer.step()  # allocates the moments
+    device = next(module.parameters()).device
+    _synchronise(device)
     start = time.perf_counter()
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
+    _synchronise(device)
     return time.perf_counter() - start
 
 
