@@ -43,7 +43,10 @@ def test_defaults_tables_and_types(tmp_path: Path) -> None:
             parent = "somewhere"
             [data]
             length = 64
-            sources = [{ name = "a", path = "a.txt", weight = 1.0 }, { name = "b", path = "b.jsonl", weight = 2, exclude = ["x*"] }]
+            sources = [
+              { name = "a", path = "a.txt", weight = 1.0 },
+              { name = "b", path = "b.jsonl", weight = 2, exclude = ["x*"] },
+            ]
             [train]
             learning_rate = 1
             betas = [0.9, 0.95]
