@@ -296,3 +296,15 @@ def test_a_budget_in_minutes_is_kept_and_shared_by_the_control(parent: Path, tex
         json.loads((tmp_path / "run" / arm / "budget.json").read_text())["steps"] for arm in ("adapted", "continued")
     ]
     assert steps[0] == steps[1] == len(report["train"]["adapted"]) == len(report["train"]["continued"])
+
+
+def test_bad_input_leaves_nothing_a_corrected_command_would_trip_over(parent: Path, tmp_path: Path) -> None:
+    wrong_model = Recipe(model=ModelConfig(parent=str(tmp_path / "nowhere")), train=TrainConfig(steps=1))
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    data = DataConfig(sources=(SourceConfig("text", str(empty)),), length=16)
+    wrong_text = Recipe(model=ModelConfig(parent=str(parent)), data=data, train=TrainConfig(steps=1))
+    for recipe in (wrong_model, wrong_text):
+        with pytest.raises(ValueError, match=r"check the path|has no text"):
+            adapt(recipe, tmp_path / "run", say=lambda _: None)
+        assert not (tmp_path / "run").exists()

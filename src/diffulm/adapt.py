@@ -86,7 +86,7 @@ def adapt(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("adapt runs in one process; start it without torchrun (one GPU is used if there is one)")
     out = Path(out)
-    claim(out, recipe, control)
+    fresh = claim(out, recipe, control)
     if (out / "report.json").is_file():
         report: dict[str, Any] = runtime.read_json(out / "report.json")
         if not (out / "report.html").is_file():  # killed while the report was written
@@ -110,9 +110,14 @@ def adapt(
         continued = score(run, "parent_continued", windows, draws=1) if control else None
         after = score(run, "after", windows, draws=recipe.eval.draws)
         samples = sample_stage(run)
+    except ValueError:
+        if fresh and not (out / "adapted").exists():  # nothing that a corrected command would trip over
+            shutil.rmtree(out)
+        raise
     finally:
         peak = max(runtime.peak_memory_bytes(), int(read_state(out).get("peak_memory_bytes", 0)))
-        write_state(out, seconds_before=time.perf_counter() - started, peak_memory_bytes=peak)
+        if out.exists():
+            write_state(out, seconds_before=time.perf_counter() - started, peak_memory_bytes=peak)
     scores = {"parent": parent, "before": before, "after": after}
     if continued:
         scores["parent_continued"] = continued
@@ -147,8 +152,8 @@ def write_measured(folder: Path, report: dict[str, Any]) -> None:
     runtime.write_atomic(card, f"{text}\n\n{heading}\n\n{report['tokens']:,} tokens, {report['dtype']}.\n\n{table}")
 
 
-def claim(out: Path, recipe: Recipe, control: bool) -> None:
-    """Make `out` ours: new, or begun by the same recipe. ValueError otherwise."""
+def claim(out: Path, recipe: Recipe, control: bool) -> bool:
+    """Make `out` ours, and say whether it is new; else it was begun by the same recipe. ValueError otherwise."""
     wanted = {"recipe": json.loads(json.dumps(to_dict(recipe))), "control": control}
     marker = out / MARKER
     for leftover in out.glob(".*.tmp") if marker.is_file() else ():  # of a killed run
@@ -166,12 +171,13 @@ def claim(out: Path, recipe: Recipe, control: bool) -> None:
             raise ValueError(
                 f"{out} holds a run with other settings ({', '.join(keys[:5])} differ); choose another --out"
             )
-        return
+        return False
     # A marker half written by a killed run is ours.
     if out.exists() and (not out.is_dir() or any(not p.match(f".{MARKER}.*.tmp") for p in out.iterdir())):
         raise ValueError(f"{out} already holds something that is no diffulm run; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     runtime.write_atomic(marker, json.dumps(wanted, indent=1))
+    return True
 
 
 def read_state(out: Path) -> dict[str, Any]:
