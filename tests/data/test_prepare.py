@@ -586,3 +586,16 @@ def test_the_name_of_a_special_token_is_ordinary_text(tmp_path: Path) -> None:
             assert not special & set(ids)
             seen.append(tokenizer.decode(ids))
     assert sorted(seen) == sorted(texts)
+
+
+def test_several_paths_are_one_body_of_text(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"chapter{i}.txt").write_text(f"chapter {i} " * 20)
+    lines = jsonl(tmp_path / "notes.jsonl", [f"note {i}" for i in range(5)])
+    paths = [str(tmp_path / f"chapter{i}.txt") for i in range(3)] + [lines.path]
+    found = run(tmp_path / "out", Source("text", paths[0], more=tuple(paths[1:])))["sources"]["text"]
+    assert found["train"]["documents"] + found["heldout"]["documents"] == 8 and found["heldout"]["documents"] >= 1
+    texts = both(tmp_path / "out", "text")
+    assert sorted(t for t in texts if t.startswith("note")) == [f"note {i}" for i in range(5)]
+    with pytest.raises(ValueError, match="no file or folder"):
+        run(tmp_path / "other", Source("text", paths[0], more=(str(tmp_path / "gone.txt"),)))
