@@ -34,10 +34,7 @@ def test_the_ar_term_of_training_is_not_in_the_bound(blocks: Path) -> None:
     special = special_tokens(model.tokenizer)
     windows = [Window(tuple(range(5, 25)), 0, 20.0), Window(tuple(range(9, 21)), 1, 12.0)]
     plain, with_ar = (
-        score_windows(
-            model.denoiser, dataclasses.replace(Block(4, "own"), ar_weight=w), model.process, windows, special
-        )
-        for w in (0.0, 1.0)
+        score_windows(model.denoiser, Block(4, "own", ar_weight=w), model.process, windows, special) for w in (0.0, 1.0)
     )
     assert plain == with_ar and plain.nats > 0
 
