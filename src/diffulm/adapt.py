@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,7 +222,8 @@ def data_stage(run: Run) -> tuple[dict[str, tuple[TokenStore, TokenStore]], dict
         heldout_fraction=data.heldout_fraction,
         min_window=data.length,
         strict=data.strict,
-        progress=False,
+        workers=data.workers,
+        progress=sys.stderr.isatty(),
     )
     print_ = fingerprint(tokenizer)
     stores = {

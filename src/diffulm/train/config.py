@@ -61,6 +61,8 @@ class DataConfig:
     """documents: same-document mask; concat: joined by EOS and cut, as the paper's released code."""
     heldout_fraction: float = 0.05
     """Share of documents never trained on, chosen by a hash of their text."""
+    workers: int = 1
+    """Processes that tokenise."""
     strict: bool = False
     """Refuse invalid UTF-8 instead of replacing and counting it."""
 
