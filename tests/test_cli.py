@@ -208,6 +208,17 @@ def test_failures_are_not_bad_usage(run: Run, checkpoint: Path, monkeypatch: pyt
     assert (code, out) == (130, "") and err.strip() == "diffulm adapt: interrupted; the same command resumes"
 
 
+def test_ctrl_c_inside_an_import_exits_130(tmp_path: Path) -> None:
+    """namedtuple and dataclass run strings; CPython marks an interrupt that leaves one as unhandled (see cli.main)."""
+    (tmp_path / "probe.py").write_text(
+        "import sys\nfrom diffulm import cli\n"
+        "def verb() -> None:\n    exec('raise KeyboardInterrupt')\n"
+        "cli.VERBS = {'train': verb}\nsys.exit(cli.main(['train']))\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "probe"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.strip() == "diffulm train: interrupted; the same command resumes"
+
+
 # ------------------------------------------------------------------------------------------------ right usage
 
 

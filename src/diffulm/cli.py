@@ -444,6 +444,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"diffulm {verb}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        # An interrupt that passed through `exec` of a string (namedtuple, dataclass: any import) leaves CPython's
+        # "unhandled" flag set though we caught it, and `python -m` would die of SIGINT in place of exiting 130. The
+        # next `exec` clears the flag.
+        exec("")
         print(
             f"\ndiffulm {verb}: interrupted"
             + ("; the same command resumes" if verb in ("adapt", "train", "prepare") else ""),
