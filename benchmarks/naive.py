@@ -120,7 +120,7 @@ class NaiveTrainer:
         model: HF causal LM with ``config.is_causal = False``; put in train mode here.
         mask_token_id: id that stands for noise.
         autocast: compute dtype, or None for the dtype of the weights.
-        lr: learning rate; every other AdamW argument is torch's default.
+        lr: learning rate; every other AdamW argument is the HF Trainer's default (no weight decay), as released.
         seed: seed of the noise and of the annealing mask.
         annealing: mask ratio r; a caller with a schedule assigns ``trainer.annealing`` before each step.
         accumulation: micro-batches per update, which divides each loss.
@@ -145,7 +145,7 @@ class NaiveTrainer:
         self.accumulation = accumulation
         self.device = next(model.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.0)
 
     def micro_batch(self, input_ids_BL: Tensor) -> float:
         """Forward and backward of one micro-batch; returns its loss before the division by ``accumulation``."""

@@ -306,3 +306,27 @@ def test_the_parent_inside_the_child(parent: Path, checkpoint: Path) -> None:
     with torch.no_grad():
         ours = HFDenoiser(child.denoiser.model, None)(rows)[:, : model.config.vocab_size]
         torch.testing.assert_close(ours, HFDenoiser(model, None)(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_the_from_scratch_control_has_the_parents_shape_and_none_of_its_weights(parent: Path, tmp_path: Path) -> None:
+    weights = {}
+    for name, seed in (("a", 0), ("again", 0), ("b", 1)):
+        convert(str(parent), tmp_path / name, initialise="random", seed=seed, trained_length=64)
+        model, _ = hub.open_model(tmp_path / name, dtype=torch.float32)
+        weights[name] = model.state_dict()
+    convert(str(parent), tmp_path / "child", trained_length=64)
+    child, _ = hub.open_model(tmp_path / "child", dtype=torch.float32)
+    matrices = [k for k, v in child.state_dict().items() if v.ndim == 2]
+    assert weights["a"].keys() == child.state_dict().keys() and matrices
+    for k in matrices:
+        assert torch.equal(weights["a"][k], weights["again"][k]), "one seed, one model"
+        assert not torch.isclose(weights["a"][k], child.state_dict()[k]).any(1).all()
+        assert not torch.equal(weights["a"][k], weights["b"][k])
+    said = json.loads((tmp_path / "a" / "config.json").read_text())["diffusion"]
+    assert (
+        said["initialise"] == "random"
+        and "initialise" not in json.loads((tmp_path / "child" / "config.json").read_text())["diffusion"]
+    )
+    with pytest.raises(ValueError, match="initialise must be 'parent' or 'random'"):
+        convert(str(parent), tmp_path / "c", initialise="zeros")
+    assert not (tmp_path / "c").exists()

@@ -199,7 +199,8 @@ def convert_stage(run: Run) -> None:
         return
     run.say(f"converting {model.parent}")
     done = convert(
-        model.parent, run.out / "init", mask_token=model.mask_token, source=model.source, layout=model.layout,
+        model.parent, run.out / "init", initialise=model.initialise, seed=run.recipe.train.seed,
+        mask_token=model.mask_token, source=model.source, layout=model.layout,
         block_size=model.block_size, schedule=run.recipe.noise.schedule, t_min=run.recipe.noise.t_min,
         trained_length=run.recipe.data.length, offline=run.offline,
     )  # fmt: skip
@@ -370,9 +371,10 @@ def train_arm(run: Run, arm: str, stores: dict[str, tuple[TokenStore, TokenStore
     layout, process = (Causal(), None) if causal else diffusion_of(run, special)
     config = recipe.train
     if causal:
-        # The same budget as the other arm, in tokens: equal text, equal updates.
-        other = runtime.read_json(run.out / "adapted" / BUDGET)["steps"]
-        config = dataclasses.replace(config, minutes=None, tokens=None, steps=other, annealing=0.0)
+        config = dataclasses.replace(config, annealing=0.0)
+        if (other := run.out / "adapted" / BUDGET).is_file():  # the same budget in tokens: equal text, equal updates
+            steps = runtime.read_json(other)["steps"]
+            config = dataclasses.replace(config, minutes=None, tokens=None, steps=steps)
     run.say(f"training {'the parent on the same text (control)' if causal else 'the diffusion model'}")
     parallelize(denoiser, denoiser.precision, compile=run.compile)
     loader = build_loader(run, stores, special, layout, process)

@@ -38,6 +38,8 @@ def convert(
     parent: str,
     out: Path | str,
     *,
+    initialise: str = "parent",
+    seed: int = 0,
     mask_token: str | None = None,
     source: str = "previous",
     layout: str = "full",
@@ -52,6 +54,8 @@ def convert(
     Args:
         parent: the embedded default's name, a local folder, a GGUF file or a Hub id.
         out: a new folder.
+        initialise: "parent" keeps the parent's weights; "random" draws new ones as its class does before training,
+            from `seed`: the control that learns from scratch with everything else equal.
         mask_token: an existing token to reuse as the mask, as the paper does; None takes the tokenizer's own mask
             token, else adds one: in a spare padded embedding row if there is one, else in a new row.
         source: which row predicts a token: "previous" (the paper's shift), "own" or "launch".
@@ -73,6 +77,10 @@ def convert(
         "parent": parent,
         "tokens_seen": 0,
     }
+    if initialise not in ("parent", "random"):
+        raise ValueError(f"initialise must be 'parent' or 'random', not {initialise!r}")
+    if initialise == "random":
+        diffusion["initialise"] = "random"
     if block_size is not None:
         diffusion["block_size"] = block_size
     MaskedDiffusion(0, schedule_from_name(schedule), t_min)  # refuses what is no process
@@ -100,7 +108,7 @@ def convert(
     if block_size is not None:
         model.config.block_size = block_size
     # Sliding windows are removed in the config, so the probed model must be built from it, not patched.
-    model = rebuild(model)
+    model = rebuild(model, None if initialise == "parent" else seed)
     denoiser = HFDenoiser(model, tokenizer.mask_token_id)
     check_attention(denoiser, name=parent, layout=promised)
     check_head(denoiser, name=parent)
@@ -111,13 +119,15 @@ def convert(
     )
 
 
-def rebuild(model: Any) -> Any:
-    """The same weights under the (changed) config, in a newly built model."""
+def rebuild(model: Any, seed: int | None = None) -> Any:
+    """A newly built model under the (changed) config: the same weights, or with a seed freshly drawn ones."""
     from transformers import AutoModelForCausalLM
 
-    with hub.quiet_transformers():
+    with hub.quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
         fresh = AutoModelForCausalLM.from_config(model.config, dtype=next(model.parameters()).dtype)
-    fresh.load_state_dict(model.state_dict())
+    if seed is None:
+        fresh.load_state_dict(model.state_dict())
     fresh.tie_weights()
     fresh.generation_config = model.generation_config
     return fresh.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ class Sequences:
             at = 0
             for k, (doc, start, n) in enumerate(self.pieces[index]):
                 ids[at] = self.special.bos
-                ids[at + 1 : at + 1 + n] = self._with_eos(doc)[start : start + n]
+                ids[at + 1 : at + 1 + n] = self._with_eos(doc, start, n)
                 valid[at : at + 1 + n] = True
                 maskable[at + 1 : at + 1 + n] = True
                 document[at:] = k
@@ -91,8 +92,10 @@ class Sequences:
             maskable &= ids != self.special.mask  # natural occurrences of a reused mask token
         return ids, maskable, document, valid
 
-    def _with_eos(self, document: int) -> np.ndarray:
-        return np.append(self.store.document(document), self.special.eos)
+    def _with_eos(self, document: int, start: int, n: int) -> np.ndarray:
+        """Tokens start..start + n of a document that ends with EOS (fewer at its end); reads no more than these."""
+        part = self.store.document(document, start, n)
+        return np.append(part, self.special.eos) if len(part) < n else part
 
     def _stream(self, start: int, n: int) -> np.ndarray:
         ends = np.cumsum(np.asarray(self.store.lengths) + 1)
@@ -100,7 +103,7 @@ class Sequences:
         offset = start - (int(ends[document - 1]) if document else 0)
         parts: list[np.ndarray] = []
         while n > 0:
-            part = self._with_eos(document)[offset : offset + n]
+            part = self._with_eos(document, offset, n)
             parts.append(part)
             n -= len(part)
             document, offset = document + 1, 0
@@ -122,6 +125,12 @@ def _first_fit(tails: list[tuple[int, int, int]], length: int) -> list[list[tupl
             bins[index].append(piece)
         by_room.setdefault(room - need, []).append(index)
     return bins
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, kind: int, epoch: int, size: int) -> np.ndarray:
+    """One epoch's shuffle; kept, since every micro-batch of the epoch asks for it."""
+    return generator(seed, kind, epoch, purpose="shuffle").permutation(size)
 
 
 @dataclass(frozen=True)
@@ -151,21 +160,13 @@ class Mixture:
         epoch_size = sum(shares)
         owner = np.repeat(np.arange(len(shares)), shares)
         slot = np.concatenate([np.arange(n) for n in shares])
-        cache: dict[tuple[int, int, int], np.ndarray] = {}
-
-        def order(kind: int, epoch: int, size: int) -> np.ndarray:
-            key = (kind, epoch, size)
-            if key not in cache:
-                cache[key] = generator(self.seed, kind, epoch, purpose="shuffle").permutation(size)
-            return cache[key]
-
         found = []
         for i in indices:
             epoch, at = divmod(int(i), epoch_size)
-            entry = order(-1, epoch, epoch_size)[at]
+            entry = _order(self.seed, -1, epoch, epoch_size)[at]
             source = int(owner[entry])
             turn, place = divmod(epoch * shares[source] + int(slot[entry]), len(self.sources[source]))
-            found.append((source, int(order(source, turn, len(self.sources[source]))[place])))
+            found.append((source, int(_order(self.seed, source, turn, len(self.sources[source]))[place])))
         return found
 
     def epochs(self, samples: int) -> float:

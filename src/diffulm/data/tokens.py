@@ -210,11 +210,12 @@ class TokenStore:
     def __len__(self) -> int:
         return self.documents
 
-    def document(self, i: int) -> NDArray[np.int64]:
-        """Token ids of document `i`, int64 (length,), a copy. IndexError outside 0 <= i < documents."""
+    def document(self, i: int, start: int = 0, n: int | None = None) -> NDArray[np.int64]:
+        """Token ids of document `i` (of it: `n` from `start` on), int64, a copy. IndexError outside 0 <= i < documents."""
         shard, j = self._locate(i)
-        start, stop = shard.index[0, j], shard.index[0, j + 1]
-        return np.asarray(shard.ids[start:stop], dtype=np.int64)
+        first, end = int(shard.index[0, j]), int(shard.index[0, j + 1])
+        stop = end if n is None else min(end, first + start + n)
+        return np.asarray(shard.ids[first + start : stop], dtype=np.int64)
 
     def document_bytes(self, i: int) -> int:
         """UTF-8 bytes of the text of document `i`."""

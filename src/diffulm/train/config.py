@@ -21,6 +21,8 @@ class ModelConfig:
 
     parent: str = "smollm2-135m-instruct-q4"
     """Embedded default's name, local folder, GGUF file or Hub id of an autoregressive model."""
+    initialise: Literal["parent", "random"] = "parent"
+    """Weights to begin from; random: the parent's shape and tokenizer alone (the from-scratch control)."""
     mask_token: str | None = None
     """Existing token to reuse as the mask; none: the tokenizer's own, else a new row."""
     source: Literal["previous", "own", "launch"] = "previous"

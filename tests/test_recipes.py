@@ -1,0 +1,206 @@
+"""The shipped recipes: the paper's numbers, written out once more here, and two steps of each on a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffulm.adapt import adapt, as_source
+from diffulm.data.sources import open_source
+from diffulm.layout import Annealing
+from diffulm.train.config import Recipe, load_recipe
+from diffulm.train.optim import learning_rate
+
+from .conftest import CORPUS, build_parent, build_tokenizer
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+#: Recipes whose parent is a GPT-2; all others have a Llama.
+GPT2 = {"claims-tiny", "diffugpt-m", "diffugpt-s"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One column of the paper's settings. Steps, warm-up and annealing in optimizer steps; data: (path, weight)."""
+
+    parent: str
+    mask_token: str | None
+    data: tuple[tuple[str, float | None], ...]
+    steps: int
+    batch: int
+    length: int
+    tokens: int
+    billions: int
+    rate: float
+    decay: str
+    warmup: int
+    annealing: int
+    betas: tuple[float, float]
+    weight_decay: float
+    lambada: str
+
+
+FINEWEB = (("HuggingFaceFW/fineweb:sample-100BT", None),)
+TINYLLAMA_MIX = (("cerebras/SlimPajama-627B", 0.693584), ("bigcode/starcoderdata", 0.306416))
+PAPER = {
+    "diffugpt-s": Row(
+        "openai-community/gpt2", "-" * 12, FINEWEB, 1_000_000, 256, 512, 131_072_000_000, 131,
+        3e-4, "cosine", 2_000, 10_000, (0.9, 0.999), 0.0, "45.0 in v1, 21.6 corrected (25.9)",
+    ),
+    "diffugpt-m": Row(
+        "openai-community/gpt2-medium", None, FINEWEB, 160_000, 1280, 1024, 209_715_200_000, 210,
+        3e-4, "cosine", 2_000, 10_000, (0.9, 0.999), 0.0, "60.5 in v1, 30.3 corrected (37.7)",
+    ),
+    "diffullama-7b": Row(
+        "meta-llama/Llama-2-7b-hf", "ти", TINYLLAMA_MIX, 2_066, 60 * 4 * 64, 2048, 64_990_740_480, 65,
+        2e-5, "constant", 0, 0, (0.9, 0.95), 0.1, "70.9 in v1, 53.9 corrected (68.8)",
+    ),
+}  # fmt: skip
+
+
+def recipe_of(name: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.toml")
+
+
+def header(name: str) -> str:
+    """The comment a recipe begins with."""
+    text = (RECIPES / f"{name}.toml").read_text(encoding="utf-8")
+    return text[: re.search(r"^[^#\n]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_parses_and_its_header_says_what_it_takes(name: str) -> None:
+    recipe = recipe_of(name)
+    assert recipe.name == name
+    for entry in ("command", "hardware", "tokens", "expected"):
+        assert re.search(rf"^# {entry}  +\S", header(name), re.MULTILINE), entry
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers(name: str) -> None:
+    row, recipe = PAPER[name], recipe_of(name)
+    model, data, noise, train = recipe.model, recipe.data, recipe.noise, recipe.train
+    assert (model.parent, model.mask_token, model.source, model.layout) == (
+        row.parent,
+        row.mask_token,
+        "previous",
+        "full",
+    )
+    assert tuple((s.path, s.weight) for s in data.sources) == row.data
+    assert (data.length, data.pack) == (row.length, "concat")
+    assert (noise.form, noise.schedule, noise.t_min, noise.normalisation) == ("rate", "linear", 1e-3, "masked")
+    assert not noise.complementary and model.initialise == "parent"
+    assert (train.batch, train.steps, train.tokens, train.minutes) == (row.batch, row.steps, None, None)
+    assert row.batch * row.steps * row.length == row.tokens and round(row.tokens / 1e9) == row.billions
+    assert (train.learning_rate, train.decay, train.final_rate) == (row.rate, row.decay, 0.0)
+    assert (train.betas, train.weight_decay, train.clip) == (row.betas, row.weight_decay, 1.0)
+    assert row.batch % train.micro_batch == 0 and train.dtype == "autocast"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_shares_of_the_budget_are_the_papers_steps(name: str) -> None:
+    row, train = PAPER[name], recipe_of(name).train
+    annealing = Annealing(round(train.annealing * row.steps))
+    assert annealing.steps == row.annealing == train.annealing * row.steps
+    if row.annealing:
+        assert annealing.ratio(0) == 1e-4 and annealing.ratio(4_999) == 0.5 and annealing.ratio(10_000) == 1.0
+    assert train.warmup * row.steps == row.warmup
+
+    def rate(step: float) -> float:
+        return learning_rate(train, step / row.steps)
+
+    assert rate(row.warmup) == pytest.approx(row.rate)
+    if row.warmup:
+        assert rate(row.warmup / 2) == pytest.approx(row.rate / 2)
+        assert rate((row.warmup + row.steps) / 2) == pytest.approx(row.rate / 2), "a cosine is at half in the middle"
+        assert rate(row.steps) == pytest.approx(0, abs=1e-12)
+    else:
+        assert rate(0) == rate(row.steps / 2) == rate(row.steps) == row.rate
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_headers_say_what_it_costs_and_what_the_paper_scored(name: str) -> None:
+    row, text = PAPER[name], re.sub(r"\s+#?\s*", " ", header(name))
+    assert f"{row.tokens:,} = {row.steps:,} steps x " in text
+    assert f"LAMBADA {row.lambada}" in text and "Derived, not measured" in text
+    assert "Where the released code differs" in text and "Where this run differs" in text
+
+
+def test_hub_data_sets_are_asked_for_by_name_and_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, config: str | None, **options: Any) -> datasets.Dataset:
+        asked.append((name, config, options["split"]))
+        return datasets.Dataset.from_dict({"text": ["some text"], "content": ["some code"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    texts = {}
+    for name in PAPER:
+        for source in map(as_source, recipe_of(name).data.sources):
+            texts[source.name] = [document.text for document in open_source(source, tmp_path)()]
+    assert asked == [
+        ("HuggingFaceFW/fineweb", "sample-100BT", "train"),
+        ("HuggingFaceFW/fineweb", "sample-100BT", "train"),
+        ("cerebras/SlimPajama-627B", None, "train"),
+        ("bigcode/starcoderdata", None, "train"),
+    ]
+    assert texts == {"fineweb": ["some text"], "slimpajama": ["some text"], "starcoder": ["some code"]}
+
+
+# ------------------------------------------------------------------------------------------------ two steps of each
+
+LENGTH = 128
+
+
+def shrunk(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe on a tiny random parent and made-up text: parent, paths, length, batch, budget, dtype and compiling
+    are replaced, and how much is scored; all else is the recipe's own."""
+    tokenizer = build_tokenizer()
+    if recipe.model.mask_token:
+        tokenizer.add_tokens([recipe.model.mask_token])
+    parent = build_parent(folder / "parent", "gpt2" if recipe.name in GPT2 else "llama", tokenizer=tokenizer)
+    sources = []
+    for source in recipe.data.sources:
+        path = folder / f"{source.name}.jsonl"
+        lines = [f"{CORPUS[i % 4]} {source.name} has {i} and {i * i}, {i**3 % 97}." for i in range(40)]
+        path.write_text("".join(json.dumps({source.text_field: line}) + "\n" for line in lines), encoding="utf-8")
+        sources.append(dataclasses.replace(source, path=str(path)))
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, parent=str(parent)),
+        data=dataclasses.replace(recipe.data, sources=tuple(sources), length=LENGTH, workers=1),
+        train=dataclasses.replace(
+            recipe.train, batch=4, micro_batch=2, steps=2, tokens=None, minutes=None, dtype="float32", compile="off"
+        ),
+        eval=dataclasses.replace(
+            recipe.eval, windows=2, draws=2, prompts=recipe.eval.prompts[:1], infills=recipe.eval.infills[:1],
+            max_tokens=3, steps=2,
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_of_every_recipe(name: str, tmp_path: Path) -> None:
+    recipe = recipe_of(name)
+    tiny = shrunk(recipe, tmp_path)
+    report = adapt(tiny, tmp_path / "run", control=False, say=lambda text: None)
+    rows = report["train"]["adapted"]
+    assert [row["step"] for row in rows] == [1, 2] and report["tokens"] == 2 * 4 * LENGTH
+    assert [row["learning_rate"] for row in rows] == [learning_rate(tiny.train, x) for x in (0.25, 0.75)]
+    assert all(0 < row["loss"] < 100 for row in rows) and report["after"]["nats_per_token"] > 0
+    config = json.loads((tmp_path / "run/model/config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == ("gpt2" if name in GPT2 else "llama") and config["is_causal"] is False
+    diffusion = config["diffusion"]
+    assert diffusion["tokens_seen"] == report["tokens"] and diffusion["source"] == recipe.model.source
+    assert diffusion["mask_row_added"] is (recipe.model.mask_token is None)
+    written = json.loads((tmp_path / "run/model/tokenizer_config.json").read_text(encoding="utf-8"))
+    token = written["mask_token"]
+    assert (token if isinstance(token, str) else token["content"]) == (recipe.model.mask_token or "<|mask|>")
