@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffulm.denoiser
-from diffulm.denoiser import HFDenoiser, check_head
+from diffulm.denoiser import HFDenoiser, check_attention, check_head
 from diffulm.layout import Annealing, Causal, Full, NoisedBatch, Rows
 from diffulm.objective import Normalisation, diffusion_loss
 from diffulm.process import MaskedDiffusion
@@ -306,3 +306,23 @@ def test_autocast_is_close_to_float32_and_keeps_float32_results() -> None:
     a, b = wide.nll(rows).detach(), cast.nll(rows).detach()
     assert a.dtype == b.dtype == cast(rows).dtype == torch.float32
     assert 0 < float((a - b).abs().max()) < 0.1 * float(a.max())
+
+
+def test_the_probe_leaves_dropout_as_it_was() -> None:
+    """GPT-2 has dropout. A wrapper that began in training mode would have the probe turn it on."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+    }
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, is_causal=False))
+    for training in (False, True):
+        denoiser = HFDenoiser(model.train(training), 63)
+        check_attention(denoiser, name="gpt2")
+        assert denoiser.training == training and {m.training for m in model.modules()} == {training}

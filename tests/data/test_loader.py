@@ -34,9 +34,9 @@ class Texts:
     def lengths(self) -> np.ndarray:
         return np.array(self.sizes)
 
-    def document(self, i: int) -> np.ndarray:
-        start = self.first + sum(self.sizes[:i])
-        return np.arange(start, start + self.sizes[i])
+    def document(self, i: int, start: int = 0, n: int | None = None) -> np.ndarray:
+        first = self.first + sum(self.sizes[:i])
+        return np.arange(first, first + self.sizes[i])[start : None if n is None else start + n]
 
 
 def cut(sizes: list[int], length: int, *, pack: str = "documents", first: int = FIRST) -> Sequences:
@@ -129,10 +129,12 @@ def test_short_windows_share_sequences_closely() -> None:
 
 def test_natural_mask_tokens_are_not_maskable() -> None:
     texts = Texts([12])
-    texts.document = lambda i: np.array([5, 3, 6, 3, 3, 7, 8, 9, 10, 11, 12, 13])  # type: ignore[method-assign]
+    ids = np.array([5, 3, 6, 3, 3, 7, 8, 9, 10, 11, 12, 13])
+    texts.document = lambda i, start=0, n=None: ids[start:][:n]  # type: ignore[method-assign]
     for pack in ("documents", "concat"):
-        ids, maskable, _, _ = Sequences.cut(texts, 13, SPECIAL, pack=pack).read(0)  # type: ignore[arg-type]
-        assert (maskable == ((ids != SPECIAL.mask) & (np.arange(13) > 0))).all() and (ids == SPECIAL.mask).sum() == 3
+        read, maskable, _, _ = Sequences.cut(texts, 13, SPECIAL, pack=pack).read(0)  # type: ignore[arg-type]
+        assert (maskable == ((read != SPECIAL.mask) & (np.arange(13) > 0))).all()
+        assert (read == SPECIAL.mask).sum() == 3
     mixture = Mixture([Sequences.cut(texts, 14, SPECIAL)], [1.0], 0)  # type: ignore[arg-type]
     for n in range(20):
         rows = Loader(mixture, Full(), PROCESS, 1, 1, 0).rows(n)[0]

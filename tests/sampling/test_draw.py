@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import diffulm.sampling.draw as module
 from diffulm.sampling import Draw
-from diffulm.sampling.draw import CHUNK
+from diffulm.sampling.draw import CHUNK, nucleus
 
 INF = float("inf")
 EDGE = 1 - 2**-53  # the largest float64 below 1
@@ -200,3 +201,27 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(draw: Draw, dtype: torch.dt
 def test_impossible_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Draw(**wrong)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=12, max_size=12).filter(any), min_size=1, max_size=5),
+    st.floats(0.01, 0.999), st.integers(1, 12),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_the_cut_found_among_the_best_tokens_is_the_cut_of_all(weights: list[list[int]], mass: float, few: int) -> None:
+    """With many ties, and however few tokens are sorted first: the same bits."""
+    probs = torch.tensor(weights, dtype=torch.float64)
+    probs = probs / probs.sum(-1, keepdim=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "NUCLEUS", few)
+        found = nucleus(probs, mass)
+    for row, got in zip(probs.tolist(), found.tolist(), strict=True):
+        before, expected = 0.0, [0.0] * len(row)
+        for i in sorted(range(len(row)), key=lambda i: (-row[i], i)):
+            if abs(before - mass) < 1e-12:
+                break  # a matter of rounding
+            if before < mass:
+                expected[i] = row[i]
+            before += row[i]
+        else:
+            assert got == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,17 +18,21 @@ from diffulm.sampling import (
     Ancestral,
     Draw,
     Entropy,
+    EntropyBound,
+    Factor,
+    FirstHitting,
     Margin,
     Policy,
     RandomOrder,
+    Remask,
     Step,
     Threshold,
     TopConfidence,
     denoise,
 )
 from diffulm.sampling.canvas import Canvas
-from diffulm.sampling.denoise import committed
-from diffulm.sampling.policies import confidence, drawn_confidence, entropy, margin, scheduled_count, top
+from diffulm.sampling.scores import confidence, drawn_confidence, entropy, margin, scheduled_count, top
+from diffulm.sampling.step import committed
 from diffulm.schedule import Cosine, Linear, Polynomial, Schedule
 
 from ..toy import LAYOUT, Noise
@@ -42,9 +48,10 @@ def step_of(
     eligible: list[list[bool]] | None = None,
     log_probs: torch.Tensor | None = None,
     reveal_prob: float = 0.5,
+    alpha_t: float = 0.3,
     seed: int = 0,
 ) -> Step:
-    """A step with random predictions, proposals and uniforms for everything not given."""
+    """A step with random predictions, proposals and uniforms for everything not given, as a policy is shown it."""
     generator = torch.Generator().manual_seed(seed)
     masked_BL = torch.tensor(masked)
     if log_probs is None:
@@ -52,15 +59,15 @@ def step_of(
         log_probs[:, MASK] = -INF
         log_probs = log_probs.log_softmax(-1)
     ids = torch.randint(0, MASK, masked_BL.shape, generator=generator).masked_fill(masked_BL, MASK)
-    proposal = torch.where(masked_BL, torch.randint(0, MASK, masked_BL.shape, generator=generator), ids)
     uniforms = {
-        name: torch.rand(masked_BL.shape, generator=generator, dtype=torch.float64) for name in ("reveal", "order")
+        name: torch.rand(masked_BL.shape, generator=generator, dtype=torch.float64)
+        for name in ("token", "reveal", "order")
     }
     return Step(
-        index=0, steps=4, s=0.5, t=1.0, ids=ids, masked=masked_BL,
-        eligible=masked_BL if eligible is None else torch.tensor(eligible) & masked_BL,
-        log_probs=log_probs, proposal=proposal, uniforms=uniforms, reveal_prob=reveal_prob,
-        committed_upto=committed(masked_BL),
+        index=0, steps=40, s=0.5, t=1.0, ids=ids, masked=masked_BL,
+        eligible=masked_BL if eligible is None else torch.tensor(eligible) & masked_BL, predicted=masked_BL,
+        log_probs=log_probs, draw=Draw(), uniforms=uniforms, reveal_prob=reveal_prob, alpha_t=alpha_t,
+        committed_upto=committed(masked_BL), revealed=torch.zeros_like(masked_BL),
     )  # fmt: skip
 
 
@@ -71,7 +78,10 @@ def probs_of(values: list[list[float]]) -> torch.Tensor:
 
 COUNTED = [RandomOrder(), TopConfidence(), TopConfidence("drawn"), Entropy(), Margin()]
 THRESHOLDS = [Threshold(0.5), Threshold(0.5, "leftmost"), Threshold(1.0), Threshold(1e-6)]
-ALL: list[Policy] = [Ancestral(), *COUNTED, *THRESHOLDS]
+PREFIXES = [Factor(0.5), Factor(1.0), Factor(9.0), EntropyBound(0.0), EntropyBound(0.3), EntropyBound(5.0)]
+REMASKS = [Remask(), Remask(0.7), Remask(0.4, "rescale"), Remask(1.0, "rescale")]
+KEEPING: list[Policy] = [Ancestral(), FirstHitting(), *COUNTED, *THRESHOLDS, *PREFIXES]
+ALL: list[Policy] = [*KEEPING, *REMASKS]
 
 grids_st = st.integers(1, 9).flatmap(
     lambda n: st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4)
@@ -81,7 +91,7 @@ grids_st = st.integers(1, 9).flatmap(
 # ------------------------------------------------------------------------------------------- what all of them promise
 
 
-@pytest.mark.parametrize("policy", ALL, ids=str)
+@pytest.mark.parametrize("policy", KEEPING, ids=str)
 @given(grids_st, st.integers(0, 2**9 - 1), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_every_policy_keeps_what_stands_and_reveals_only_what_it_may(
@@ -109,10 +119,11 @@ def test_a_sample_is_decided_without_its_batch_mates(policy: Policy) -> None:
     together, first = policy(step), 0
     for b, row in enumerate(masked):
         n = sum(row)
-        alone = Step(
-            step.index, step.steps, step.s, step.t, step.ids[b : b + 1], step.masked[b : b + 1],
-            step.eligible[b : b + 1], step.log_probs[first : first + n], step.proposal[b : b + 1],
-            {name: u[b : b + 1] for name, u in step.uniforms.items()}, step.reveal_prob, step.committed_upto[b : b + 1],
+        here = slice(b, b + 1)
+        fields = ("ids", "masked", "eligible", "predicted", "committed_upto", "revealed")
+        alone = dataclasses.replace(
+            step, **{name: getattr(step, name)[here] for name in fields}, log_probs=step.log_probs[first : first + n],
+            uniforms={name: u[here] for name, u in step.uniforms.items()},
         )  # fmt: skip
         assert policy(alone)[0].tolist() == together[b].tolist()
         first += n
@@ -266,6 +277,133 @@ def test_threshold_counts_each_sample_by_itself_and_only_the_eligible() -> None:
     assert Threshold(0.8, "leftmost")(step).tolist() == [[True, False], [False, True]]
 
 
+# -------------------------------------------------------------------------------------------- factor, entropy bound
+
+
+def certainties(masked: list[list[bool]], seed: int, sharpness: float) -> torch.Tensor:
+    """Predictions from nearly uniform to nearly sure, so that prefixes of every length occur."""
+    generator = torch.Generator().manual_seed(seed)
+    n = sum(map(sum, masked))
+    scale = torch.rand(n, 1, generator=generator, dtype=torch.float64) * sharpness
+    logits = torch.randn(n, V, generator=generator, dtype=torch.float64) * scale
+    logits[:, MASK] = -INF
+    return logits.log_softmax(-1)
+
+
+def factor_rule(doubts: list[float], f: float) -> set[int] | None:
+    """The largest n with (n + 1)(1 - c_n) < f, every n tried; one at least. None where rounding decides."""
+    order = sorted(range(len(doubts)), key=lambda i: (doubts[i], i))
+    costs = [(n + 1) * doubts[order[n - 1]] for n in range(1, len(doubts) + 1)]
+    if any(abs(cost - f) < 1e-12 for cost in costs):
+        return None
+    return set(order[: max((n for n, cost in enumerate(costs, 1) if cost < f), default=1)])
+
+
+def entropy_bound_rule(nats: list[float], gamma: float) -> set[int] | None:
+    """The largest prefix in order of entropy with sum - max <= gamma, every n tried; None where rounding decides."""
+    order = sorted(range(len(nats)), key=lambda i: (nats[i], i))
+    prefixes = [[nats[i] for i in order[:n]] for n in range(1, len(nats) + 1)]
+    costs = [math.fsum(prefix) - max(prefix) for prefix in prefixes]
+    if any(abs(cost - gamma) < 1e-12 for cost in costs[1:]):
+        return None
+    return set(order[: max(n for n, cost in enumerate(costs, 1) if n == 1 or cost <= gamma)])
+
+
+@given(grids_st, st.integers(0, 2**9 - 1), st.integers(0, 999), st.floats(0, 60), st.floats(0.01, 8), st.floats(0, 6))
+@settings(max_examples=150, deadline=None)
+def test_factor_and_entropy_bound_take_the_largest_prefix(
+    masked: list[list[bool]], bits: int, seed: int, sharpness: float, f: float, gamma: float
+) -> None:
+    """Against the rule tried for every length, in batches, with masks that are not eligible."""
+    eligible = [[m and bool(bits >> i & 1) for i, m in enumerate(row)] for row in masked]
+    step = step_of(masked, eligible=eligible, log_probs=certainties(masked, seed, sharpness))
+    doubt = torch.full(step.masked.shape, INF, dtype=torch.float64)
+    doubt[step.masked] = -torch.expm1(step.log_probs.max(-1).values)
+    for policy, rule, values, limit in (
+        (Factor(f), factor_rule, doubt, f), (EntropyBound(gamma), entropy_bound_rule, entropy(step), gamma),
+    ):  # fmt: skip
+        got = policy(step) & step.masked
+        for b, row in enumerate(eligible):
+            at = [i for i, e in enumerate(row) if e]
+            expected = rule(values[b, at].tolist(), limit) if at else set()
+            if expected is not None:
+                assert set(got[b].nonzero()[:, 0].tolist()) == {at[i] for i in expected}, rule.__name__
+
+
+@given(grids_st, st.integers(0, 999), st.floats(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_a_wider_limit_never_reveals_less(masked: list[list[bool]], seed: int, sharpness: float) -> None:
+    step = step_of(masked, log_probs=certainties(masked, seed, sharpness))
+    families: list[list[Policy]] = [
+        [Factor(f) for f in (1e-9, 0.1, 0.5, 1.0, 2.0, 50.0)],
+        [EntropyBound(g) for g in (0.0, 1e-6, 0.1, 0.5, 2.0, 99.0)],
+        [Threshold(tau) for tau in (1.0, 0.99, 0.9, 0.5, 1e-9)],
+    ]
+    for family in families:
+        shown = [policy(step) for policy in family]
+        for narrow, wide in itertools.pairwise(shown):
+            assert not (narrow & ~wide).any()
+        assert ((shown[0] & step.masked).sum(1) >= step.masked.any(1).long()).all()
+        assert shown[-1].all()  # 9 positions: (9 + 1)(1 - c) < 50, nine times ln 6 < 99
+
+
+def test_factor_counts_the_next_token_too() -> None:
+    """(n + 1)(1 - c_n) < f with c = 0.9, 0.8, 0.7: 0.2, 0.6, 1.2; strictly below."""
+    log_probs = probs_of([[0.7, 0.3, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0, 0], [0.8, 0.2, 0, 0, 0, 0]])
+    step = step_of([[True] * 3], log_probs=log_probs)
+    for f, count in [(1e-6, 1), (0.19, 1), (0.21, 1), (0.59, 1), (0.61, 2), (1.19, 2), (1.21, 3)]:
+        assert Factor(f)(step).tolist() == [[count > 2, True, count > 1]], f
+
+
+def test_entropy_bound_is_inclusive_and_leaves_out_the_largest() -> None:
+    """Entropies 0, ln 2, ln 2, ln 4: without the largest 0, 0, ln 2, 2 ln 2."""
+    half, quarter = [0.5, 0.5, 0, 0, 0, 0], [0.25] * 4 + [0, 0]
+    step = step_of([[True] * 4], log_probs=probs_of([half, quarter, [1.0, 0, 0, 0, 0, 0], half]))
+    order = [2, 0, 3, 1]
+    for gamma, count in [(0.0, 2), (0.6, 2), (math.log(2) + 1e-12, 3), (1.3, 3), (2 * math.log(2) + 1e-12, 4)]:
+        chosen = EntropyBound(gamma)(step)[0].nonzero()[:, 0].tolist()
+        assert chosen == sorted(order[:count]), gamma
+
+
+def test_factor_tells_sure_positions_apart_in_float32() -> None:
+    """1 - c is taken from the logarithm: in float32 c itself would be 1 for all of them."""
+    doubts = torch.tensor([3e-9, 1e-9, 2e-9])
+    log_probs = torch.full((3, V), -INF)
+    log_probs[:, 0] = torch.log1p(-doubts)
+    step = step_of([[True] * 3], log_probs=log_probs)
+    assert Factor(5e-9)(step).tolist() == [[False, True, False]]
+    assert Factor(7e-9)(step).tolist() == [[False, True, True]]
+
+
+# ----------------------------------------------------------------------------------------- first hitting, remasking
+
+
+def test_first_hitting_reveals_one_token_whatever_the_schedule() -> None:
+    masked = [[True] * 9, [False] * 6 + [True] * 3, [False] * 9]
+    for reveal_prob in (0.0, 0.5, 1.0):
+        step = step_of(masked, reveal_prob=reveal_prob, seed=4)
+        revealed = FirstHitting()(step) & step.masked
+        assert revealed.sum(1).tolist() == [1, 1, 0]
+        best = step.uniforms["order"].masked_fill(~step.masked, -1).argmax(1)
+        assert revealed[:2].long().argmax(1).tolist() == best[:2].tolist()
+
+
+def test_first_hitting_refuses_fewer_steps_than_tokens() -> None:
+    enough = dataclasses.replace(step_of([[True] * 3]), index=1, steps=4)
+    FirstHitting()(enough)
+    with pytest.raises(ValueError, match=r"3 masked tokens need 3 steps, not 2"):
+        FirstHitting()(dataclasses.replace(enough, index=2))
+    for steps in (1, 3):  # also where the loop would not need to ask
+        canvas = Canvas(torch.full((1, 5), MASK), *[torch.ones(1, 5, dtype=torch.bool)] * 2)
+        with pytest.raises(ValueError, match=f"5 masked tokens need 5 steps, not {steps}"):
+            list(
+                denoise(
+                    Noise(V, MASK), MaskedDiffusion(MASK), canvas, steps=steps, policy=FirstHitting(), draw=Draw(),
+                    layout=LAYOUT,
+                )
+            )  # fmt: skip
+
+
 SCHEDULES = [Linear(), Cosine(), Polynomial(2.0), Polynomial(0.5)]
 
 
@@ -295,10 +433,61 @@ def test_ancestral_reveals_each_token_on_its_own() -> None:
     assert Ancestral()(step_of([[True] * 9], reveal_prob=1.0)).all()
 
 
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+@settings(max_examples=200, deadline=None)
+def test_remasking_keeps_the_share_of_masks(eta: float, a: float, b: float) -> None:
+    """Masked at t with probability 1 - alpha_t, then one step: masked with probability 1 - alpha_s, for every rate."""
+    alpha_t, alpha_s = sorted((a, b))
+    if alpha_t > 1 - 1e-6:
+        return
+    plain = (alpha_s - alpha_t) / (1 - alpha_t)
+    for kind in ("cap", "rescale"):
+        sigma, reveal = Remask(eta, kind).rates(alpha_t, plain)  # type: ignore[arg-type]
+        assert -1e-12 <= sigma <= 1
+        assert plain - 1e-12 <= reveal <= 1 + 1e-9
+        assert (1 - alpha_t) * (1 - reveal) + alpha_t * sigma == pytest.approx(1 - alpha_s, abs=1e-9)
+        most = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0
+        assert sigma == pytest.approx(min(eta, most) if kind == "cap" else eta * most, abs=1e-6)
+
+
+def test_remask_decides_by_one_uniform_at_each_position() -> None:
+    step = step_of([[True] * 30 + [False] * 70], reveal_prob=0.5, alpha_t=0.4, seed=8)
+    for policy in REMASKS:
+        sigma, reveal = policy.rates(0.4, 0.5)
+        u = step.uniforms["reveal"]
+        expected = torch.where(step.masked, u < reveal, u >= sigma)
+        assert torch.equal(policy(step), expected)
+    assert torch.equal(Remask(0.0)(step), Ancestral()(step))  # without remasking it is the reverse process
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("policy", [Remask(0.2), Remask(0.9), Remask(0.5, "rescale"), Remask(1.0, "rescale")], ids=str)
+def test_remask_follows_the_schedule_end_to_end(policy: Remask, schedule: Schedule) -> None:
+    """As for `Ancestral` below the same bound holds, although tokens come and go."""
+    n, steps = 4000, 8
+    yes = torch.ones(1, n, dtype=torch.bool)
+    canvas = Canvas(torch.full((1, n), MASK), yes, yes)
+    taken_back, before = 0, canvas.ids
+    for step in denoise(
+        Noise(V, MASK, length=n + 1), MaskedDiffusion(MASK, schedule), canvas, steps=steps, policy=policy, draw=Draw(),
+        layout=LAYOUT, seeds=[7],
+    ):  # fmt: skip
+        left = int((step.ids == MASK).sum())
+        alpha = float(schedule.alpha(torch.tensor(step.s, dtype=torch.float64)))
+        assert abs(left - n * (1 - alpha)) <= 5 * math.sqrt(n * alpha * (1 - alpha)) + 1e-6
+        taken_back += int(((step.ids == MASK) & (before != MASK)).sum())
+        before = step.ids
+    assert left == 0
+    assert taken_back > n / 20
+
+
 @pytest.mark.parametrize(
     "wrong", [lambda: Threshold(0.0), lambda: Threshold(1.1), lambda: Threshold(float("nan")),
-              lambda: Threshold(0.5, "rightmost"), lambda: TopConfidence("min")],
+              lambda: Threshold(0.5, "rightmost"), lambda: TopConfidence("min"), lambda: Factor(0.0),
+              lambda: Factor(-1.0), lambda: Factor(INF), lambda: Factor(float("nan")), lambda: EntropyBound(-0.1),
+              lambda: EntropyBound(INF), lambda: EntropyBound(float("nan")), lambda: Remask(-0.1), lambda: Remask(1.1),
+              lambda: Remask(float("nan")), lambda: Remask(0.1, "conf")],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong: Callable[[], Policy]) -> None:
-    with pytest.raises(ValueError, match=r"threshold|Threshold|TopConfidence"):
+    with pytest.raises(ValueError, match=r"threshold|Threshold|TopConfidence|factor|entropy bound|eta"):
         wrong()

@@ -22,9 +22,13 @@ from diffulm.sampling import (
     Ancestral,
     Canvas,
     Entropy,
+    EntropyBound,
+    Factor,
+    FirstHitting,
     Infilling,
     Margin,
     RandomOrder,
+    Remask,
     Step,
     Threshold,
     TopConfidence,
@@ -282,6 +286,24 @@ def test_a_completion_ends_before_the_end_of_text_and_the_first_stop_string() ->
     )
 
 
+def test_a_finished_completion_costs_no_forward() -> None:
+    """Unequal prompts in a batch: each stops at its own end-of-text token, the text as before."""
+    tokenizer, prompts = tokenizer_of("bytelevel"), ["The quick", "The quick brown fox jumps"]
+    ends = [1 + len(encode(tokenizer, prompt)) + n for prompt, n in zip(prompts, (2, 4), strict=True)]
+    model = toy_model("bytelevel")
+    noise: Any = model.denoiser
+    for position in range(1, 60):  # surest on the left
+        noise.logits[position].clamp_(max=0.0)
+        noise.logits[position, tokenizer.eos_token_id if position in ends else 9] = 20.0 - position / 4
+    both = generate(model, prompts, max_tokens=24)
+    assert noise.forwards == 5  # three for one, five for the other
+    assert all(both)
+    assert [generate(model, prompt, max_tokens=24) for prompt in prompts] == both
+    watcher = Watcher()
+    generate(model, prompts[0], max_tokens=24, watch=watcher)
+    assert watcher.ids[ends[0] - 1 :] == [tokenizer.eos_token_id] * (24 - 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_bytes_after_a_prompt_do_not_eat_it(kind: str) -> None:
     for prompt in ("🦊", "é", "dog"):
@@ -399,7 +421,10 @@ def test_the_view_follows_a_run(terminal: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "policy"),
     [("confidence", TopConfidence()), ("entropy", Entropy()), ("margin", Margin()), ("random", RandomOrder()),
-     ("ancestral", Ancestral()), ("threshold", Threshold()), ("threshold:0.75", Threshold(0.75))],
+     ("ancestral", Ancestral()), ("threshold", Threshold()), ("threshold:0.75", Threshold(0.75)),
+     ("threshold:0.75:leftmost", Threshold(0.75, "leftmost")), ("first-hitting", FirstHitting()), ("factor", Factor()),
+     ("factor:0.5", Factor(0.5)), ("entropy-bound", EntropyBound()), ("entropy-bound:2", EntropyBound(2.0)),
+     ("remask", Remask()), ("remask:0.1", Remask(0.1)), ("remask:0.1:rescale", Remask(0.1, "rescale"))],
 )  # fmt: skip
 def test_policies_by_name(name: str, policy: object) -> None:
     assert policy_from_name(name) == policy
@@ -408,7 +433,11 @@ def test_policies_by_name(name: str, policy: object) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [("", "unknown policy"), ("Entropy", "unknown policy"), ("entropy:2", "unknown policy"),
-     ("threshold:x", "threshold:TAU"), ("threshold:2", "threshold:TAU"), ("threshold:nan", "threshold:TAU")],
+     ("threshold:x", "threshold:TAU"), ("threshold:2", "threshold:TAU"), ("threshold:nan", "threshold:TAU"),
+     ("threshold:", "threshold:TAU"), ("threshold:0.9:rightmost", "threshold:TAU:leftmost"),
+     ("threshold:0.9:leftmost:x", "threshold:TAU:leftmost"), ("factor:0", "factor:F with F > 0"),
+     ("factor:1:2", "factor:F"), ("entropy-bound:-1", "entropy-bound:GAMMA"), ("remask:2", "remask:ETA"),
+     ("remask:0.1:conf", "remask:ETA:rescale"), ("first-hitting:3", "unknown policy")],
 )  # fmt: skip
 def test_wrong_policy_names_say_what_is_right(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -483,6 +512,19 @@ def test_generate_ids_honours_padding(plain: Any, side: str) -> None:
 def test_generate_ids_refuses(plain: Any, prompt: torch.Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate_ids(plain, prompt, **options)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_generate_ids_fills_up_behind_the_end(
+    plain: Any, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    """As transformers does; the tokens before the end are those without it."""
+    free = generate_ids(plain, prompt, max_tokens=6, policy="random", seed=3)[0, -6:].tolist()
+    end = free[2]
+    monkeypatch.setattr(plain.config, "eos_token_id", [end, plain.config.eos_token_id] if several else end)
+    first = free.index(end)
+    ended = generate_ids(plain, prompt, max_tokens=6, policy="random", seed=3)[0, -6:].tolist()
+    assert ended == [*free[:first], *[end] * (6 - first)]
 
 
 def test_generate_ids_refuses_masks_and_parents(plain: Any, prompt: torch.Tensor, parent: Path) -> None:

@@ -43,8 +43,9 @@ class Texts:
     def lengths(self) -> np.ndarray:
         return np.random.default_rng(self.seed).integers(1, 31, self.count)
 
-    def document(self, i: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, i]).integers(2, VOCABULARY - 1, self.lengths[i])
+    def document(self, i: int, start: int = 0, n: int | None = None) -> np.ndarray:
+        ids = np.random.default_rng([self.seed, i]).integers(2, VOCABULARY - 1, self.lengths[i])
+        return ids[start : None if n is None else start + n]
 
 
 def make_denoiser(dtype: str = "float64", *, family: str = "llama", seed: int = 0, **changes: Any) -> HFDenoiser:

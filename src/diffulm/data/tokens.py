@@ -211,7 +211,7 @@ class TokenStore:
         return self.documents
 
     def document(self, i: int, start: int = 0, n: int | None = None) -> NDArray[np.int64]:
-        """Token ids of document `i` (of it: `n` from `start` on), int64, a copy. IndexError outside 0 <= i < documents."""
+        """Token ids of document `i`, or `n` of them from `start` on: int64, a copy. IndexError for no such document."""
         shard, j = self._locate(i)
         first, end = int(shard.index[0, j]), int(shard.index[0, j + 1])
         stop = end if n is None else min(end, first + start + n)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Rows whose float64 cumulative sums are held at a time.
-CHUNK = 64
+#: Rows drawn at a time on a CPU: so many float64 rows stay in its cache. An accelerator takes more.
+CHUNK = 4
+#: Tokens among which the cut of top_p is looked for before the whole vocabulary is sorted.
+NUCLEUS = 1024
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,7 @@ class Draw:
             logits = logits.masked_fill(logits < kth, float("-inf"))
         probs = logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
-            ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-            # Keep a token while the mass before it is below top_p: at least one always stays.
-            dropped = (ordered.cumsum(-1) - ordered) >= self.top_p
-            probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0.0)
+            probs = nucleus(probs, self.top_p)
             probs = probs / probs.sum(-1, keepdim=True)
         return probs
 
@@ -53,13 +52,33 @@ class Draw:
         if self.temperature == 0:
             return log_probs_NV.argmax(-1)
         drawn = torch.empty(len(log_probs_NV), dtype=torch.long, device=log_probs_NV.device)
-        for i in range(0, len(drawn), CHUNK):
-            cumulative = self.probs(log_probs_NV[i : i + CHUNK]).cumsum(-1)
+        chunk = CHUNK if drawn.device.type == "cpu" else 16 * CHUNK
+        for i in range(0, len(drawn), chunk):
+            cumulative = self.probs(log_probs_NV[i : i + chunk]).cumsum(-1)
             total = cumulative[:, -1:].contiguous()
             # First token whose cumulative mass exceeds u: a token of mass 0 never does.
-            point = uniform_N[i : i + CHUNK, None].to(cumulative) * total
+            point = uniform_N[i : i + chunk, None].to(cumulative) * total
             token = torch.searchsorted(cumulative, point, right=True)
             # Rounding may put the point on the total itself; then the last token with mass is meant.
             last = torch.searchsorted(cumulative, total)
-            drawn[i : i + CHUNK] = torch.minimum(token, last)[:, 0]
+            drawn[i : i + chunk] = torch.minimum(token, last)[:, 0]
         return drawn
+
+
+def nucleus(probs_NV: Tensor, mass: float) -> Tensor:
+    """Probabilities with 0 for what is not among the most probable tokens that hold `mass`; ties keep the lower id.
+
+    A token stays while the mass before it is below `mass`: at least one always does. Sorting the vocabulary takes
+    longer than all else in a draw, so a few of the best tokens are sorted first. Their cut is the cut of all
+    when it falls above the last of them.
+    """
+    few = min(NUCLEUS, probs_NV.shape[-1])
+    tokens = probs_NV.topk(few, dim=-1).indices.sort(dim=-1).values
+    ordered, order = probs_NV.gather(-1, tokens).sort(dim=-1, descending=True, stable=True)
+    order = tokens.gather(-1, order)
+    kept = (ordered.cumsum(-1) - ordered) < mass
+    last = kept.sum(-1, keepdim=True) - 1
+    if not bool((ordered.gather(-1, last) > ordered[:, -1:]).all()):
+        ordered, order = probs_NV.sort(dim=-1, descending=True, stable=True)
+        kept = (ordered.cumsum(-1) - ordered) < mass
+    return torch.zeros_like(probs_NV).scatter(-1, order, ordered.where(kept, 0.0))

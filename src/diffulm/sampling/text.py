@@ -15,19 +15,13 @@ from ..process import MaskedDiffusion
 from ..schedule import schedule_from_name
 from ..tokenizer import SpecialTokens, decode, encode, encode_after, special_tokens
 from .canvas import Canvas
-from .denoise import Step, denoise
+from .denoise import denoise
 from .draw import Draw
-from .policies import Ancestral, Entropy, Margin, Policy, RandomOrder, Threshold, TopConfidence
+from .end import EndOfText
+from .names import policy_from_name
+from .policies import Policy
+from .step import Step
 
-#: Policies by the names the command line takes.
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "confidence": TopConfidence,
-    "entropy": Entropy,
-    "margin": Margin,
-    "random": RandomOrder,
-    "ancestral": Ancestral,
-    "threshold": Threshold,
-}
 _HOLE = re.compile(r"<hole(?::(\d+))?>")
 
 
@@ -62,19 +56,6 @@ class Infilling(str):
         return self
 
 
-def policy_from_name(name: str) -> Policy:
-    """`confidence`, `entropy`, `margin`, `random`, `ancestral`, `threshold` or `threshold:TAU`."""
-    kind, _, value = name.partition(":")
-    if kind == "threshold" and value:
-        try:
-            return Threshold(float(value))
-        except ValueError as error:
-            raise ValueError(f"policy {name!r}: write threshold:TAU with TAU in (0, 1]") from error
-    if kind not in POLICIES or value:
-        raise ValueError(f"unknown policy {name!r}: use {', '.join(POLICIES)} or threshold:TAU")
-    return POLICIES[kind]()
-
-
 def generate(
     model: Model,
     prompt: str | Sequence[str],
@@ -92,8 +73,9 @@ def generate(
     """Complete a prompt (or several at once, of any lengths); returns the new text only.
 
     The whole completion of `max_tokens` tokens is denoised together; it ends before the first end-of-text token and
-    before the first of the `stop` strings. Greedy unless a temperature is given: in confidence order that is the usual
-    choice for conditional text. `steps` defaults to one token a step.
+    before the first of the `stop` strings. A text whose end is reached costs no further forward. Greedy unless a
+    temperature is given: in confidence order that is the usual choice for conditional text. `steps` defaults to one
+    token a step.
 
     Raises:
         ValueError: prompt and completion are longer than the model was trained on, or the prompt holds the mask token.
@@ -103,8 +85,9 @@ def generate(
     encoded = [_given(model, encode(model.tokenizer, text)) for text in prompts]
     canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
     ids = _run(
-        model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch
-    )
+        model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch,
+        EndOfText((special.eos, special.bos)),
+    )  # fmt: skip
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
         new = row[1 + len(given) : 1 + len(given) + max_tokens]
@@ -195,14 +178,16 @@ def generate_ids(
     """Completion for plain transformers users (custom_generate): (B, L) ids in, (B, L + max_tokens) ids out.
 
     Prompts of unequal lengths are padded, on either side, and `attention_mask` says where. The number of new tokens is
-    max_tokens, max_new_tokens, generation_config.max_new_tokens or 32. Greedy unless a temperature is given.
+    max_tokens, max_new_tokens, generation_config.max_new_tokens or 32. Greedy unless a temperature is given. As in
+    transformers, what follows an end-of-text token is that token (not so under `Remask`).
     """
     diffusion = getattr(model.config, "diffusion", None)
     if diffusion is None:
         raise ValueError("this model is no diffusion checkpoint: its config has no `diffusion` entry")
     bos, mask = model.config.bos_token_id, model.config.mask_token_id
-    eos = model.config.eos_token_id
-    eos = eos[0] if isinstance(eos, list) else eos
+    ends = model.config.eos_token_id
+    ends = tuple(ends) if isinstance(ends, list) else (ends,)
+    eos = ends[0]
     special = SpecialTokens(eos if bos is None else bos, eos, eos, mask)
     valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = [row[keep].tolist() for row, keep in zip(input_ids, valid.bool(), strict=True)]
@@ -216,6 +201,7 @@ def generate_ids(
     for step in denoise(
         denoiser, process, canvas, steps=count if steps is None else steps, policy=_policy(policy),
         draw=Draw(temperature, top_k, top_p), layout=layout_from_config(diffusion), seeds=range(seed, seed + len(rows)),
+        end=EndOfText(ends),
     ):  # fmt: skip
         ids = step.ids
     return torch.cat([input_ids, ids[canvas.editable].view(len(rows), count)], 1)
@@ -226,13 +212,14 @@ def _policy(policy: str | Policy) -> Policy:
 
 
 def _run(
-    model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None
-) -> Tensor:
+    model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
+    end: EndOfText | None = None,
+) -> Tensor:  # fmt: skip
     ids = _checked(canvas, model.config).ids
     seeds = [seed * 1_000_003 + b for b in range(len(ids))]
     for step in denoise(
         model.denoiser, model.process, canvas, steps=steps, policy=_policy(policy), draw=draw, layout=model.layout,
-        seeds=seeds,
+        seeds=seeds, end=end,
     ):  # fmt: skip
         ids = step.ids
         if watch is not None:

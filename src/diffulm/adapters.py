@@ -1,0 +1,145 @@
+"""LoRA adapters in peft's format, merged into the weights of their base. The only file that imports peft.
+
+A plain LoRA needs no peft: merging is one product per matrix, W + B A alpha / r, and what is left is to find the
+matrix, since adapters of the released models name the modules of the authors' wrapper. Other kinds (DoRA, LoHa, ...)
+are merged by peft itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import runtime, weights
+
+#: Settings of a LoRA that change its arithmetic: with any of them peft merges.
+_NOT_PLAIN = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "megatron_config",
+    "layer_replication",
+    "trainable_token_indices",
+)
+_SAVED = re.compile(r"\.modules_to_save(\.default)?")
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a peft adapter."""
+    return (folder / "adapter_config.json").is_file()
+
+
+@torch.no_grad()
+def merge(model: Any, folder: Path, *, name: str) -> None:
+    """Merge the adapter in `folder` into a transformers model, in place.
+
+    ValueError when the folder holds no adapter, names weights that the model lacks, or has other shapes: then it was
+    trained on another base, and nothing has been changed.
+    """
+    if not is_adapter(folder):
+        raise ValueError(f"{name} is no adapter: it has no adapter_config.json; give a folder in peft's format")
+    config = runtime.read_json(folder / "adapter_config.json")
+    known = weights.aliases(model.config.model_type, dict(model.named_parameters()))
+    # peft puts `base_model.model.` before the names of the model that it wrapped.
+    pieces = {
+        key.removeprefix("base_model.model."): piece for key, piece in weights.stored(folder, "adapter_model").items()
+    }
+    plain = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _NOT_PLAIN)
+    if plain and not any("lora_embedding" in key for key in pieces):
+        _merge_plain(model, config, known, pieces, name=name)
+    else:
+        _merge_by_peft(model, folder, known, pieces, name=name)
+
+
+def _merge_plain(
+    model: Any, config: dict[str, Any], known: dict[str, str], pieces: dict[str, Any], *, name: str
+) -> None:
+    parameters = dict(model.named_parameters())
+    updates: dict[str, dict[str, Any]] = {}
+    for key, piece in pieces.items():
+        lora = _LORA.fullmatch(key)
+        stock = known.get(f"{lora['module']}.weight" if lora else _SAVED.sub("", key))
+        if stock is None:
+            raise ValueError(_unfit(name, key))
+        updates.setdefault(stock, {})[lora["side"] if lora else "whole"] = piece
+    # All shapes first, then the arithmetic: an adapter of another base must not leave a half-changed model.
+    for stock, parts in updates.items():
+        _check(stock, parts, parameters[stock], transposed=_transposed(model, stock), name=name)
+    if "whole" in updates.get(_embedding(model), {}) and model.config.tie_word_embeddings:
+        raise ValueError(f"{name} has an embedding of its own, but its base ties embedding and head; merge it by hand")
+    for stock, parts in updates.items():
+        weight = parameters[stock]
+        if "whole" in parts:
+            weight.copy_(parts["whole"][...])
+        else:
+            delta = _delta(parts, config).to(weight.device)
+            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight.copy_(wide + (delta.T if _transposed(model, stock) else delta))
+
+
+def _unfit(name: str, key: str) -> str:
+    return f"{name} does not fit its base: it changes {key}, which the base does not have; give the base it belongs to"
+
+
+def _delta(parts: dict[str, Any], config: dict[str, Any]) -> Tensor:
+    """B A alpha / r in float32, (out, in); with rank-stabilised LoRA alpha / sqrt(r)."""
+    a, b = parts["A"][...].float(), parts["B"][...].float()
+    return b @ a * (config.get("lora_alpha", 8) / (math.sqrt(len(a)) if config.get("use_rslora") else len(a)))
+
+
+def _check(stock: str, parts: dict[str, Any], weight: Tensor, *, transposed: bool, name: str) -> None:
+    shapes = {side: tuple(piece.get_shape()) for side, piece in parts.items()}
+    if "whole" in shapes:
+        fits, found = set(shapes) == {"whole"} and shapes["whole"] == tuple(weight.shape), shapes["whole"]
+    elif set(shapes) != {"A", "B"}:
+        raise ValueError(f"{name}: {stock} has one half of a LoRA without the other; download the adapter again")
+    else:
+        found = shapes["B"][0], shapes["A"][1]
+        fits = (found[::-1] if transposed else found) == tuple(weight.shape) and shapes["A"][0] == shapes["B"][1]
+    if not fits:
+        raise ValueError(
+            f"{name} does not fit its base: {stock} is {tuple(weight.shape)} there and {found} in the adapter; give "
+            "the base that it was trained on"
+        )
+
+
+def _transposed(model: Any, stock: str) -> bool:
+    """GPT-2's projections hold their weight as (in, out)."""
+    return type(model.get_submodule(stock.rpartition(".")[0])).__name__ == "Conv1D"
+
+
+def _embedding(model: Any) -> str:
+    table = model.get_input_embeddings().weight
+    return next(key for key, parameter in model.named_parameters() if parameter is table)
+
+
+def _merge_by_peft(model: Any, folder: Path, known: dict[str, str], pieces: dict[str, Any], *, name: str) -> None:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(f"{name} is no plain LoRA, which needs peft to merge; pip install 'diffulm[lora]'") from error
+    modules = {alias.removesuffix(".weight"): stock.removesuffix(".weight") for alias, stock in known.items()}
+    state = {}
+    for key, piece in pieces.items():
+        module = next((m for m in sorted(modules, key=len, reverse=True) if key.startswith(f"{m}.")), None)
+        if module is None:
+            raise ValueError(_unfit(name, key))
+        state[f"base_model.model.{modules[module]}{key.removeprefix(module)}"] = piece[...]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's own use of older transformers
+            wrapped = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(str(folder)))
+            result: Any = peft.set_peft_model_state_dict(wrapped, state)
+            wrapped.merge_and_unload()
+    except Exception as error:  # peft raises whatever torch raises when shapes differ
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name} does not fit its base ({reason}); give the base that it was trained on") from error
+    if left := result.unexpected_keys:
+        raise ValueError(f"{name}: peft does not know {left[0]}; upgrade peft, or merge the adapter by hand")

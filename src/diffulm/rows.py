@@ -1,0 +1,168 @@
+"""Rows: what every forward sees, whoever laid it out, and the relation that says which row attends to which.
+
+A *row* is a token at a position in the clean or the noisy stream. `layout.py` makes them from batches and canvases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Pattern = Literal["full", "causal", "block"]
+NOISY, CLEAN = 1, 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch laid out. The first six describe every row and are (B, R), the next five the wanted predictions, (N,).
+
+    ids, position: token and position; stream: NOISY or CLEAN; block: block index; document: packed document index
+    (all int64); valid: bool, False on padding. source: flat index b * R + r of the row that predicts; target: token
+    id; teacher: flat index of the clean row whose distribution is the soft target, or None (int64); weight: float32,
+    weight in the bound; level: float32, share of maskable tokens that is noised (0 for clean rows).
+
+    Known on the host, so that a training step never waits for the device: `pattern`; `plain` (one document, no
+    padding in any sample); `maskable` and `noised`, token counts; `annealed`, bool, pairs visible although
+    later, (R, R) (None: the pattern as it stands); `keep`: how many of each sample's first rows a cache keeps.
+    """
+
+    ids: Tensor
+    position: Tensor
+    stream: Tensor
+    block: Tensor
+    document: Tensor
+    valid: Tensor
+    source: Tensor
+    target: Tensor
+    teacher: Tensor | None
+    weight: Tensor
+    level: Tensor
+    pattern: Pattern
+    plain: bool
+    maskable: int
+    noised: int
+    annealed: Tensor | None = None
+    keep: int = 0
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on another device."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def padded(self, capacity: int) -> Rows:
+        """The wanted rows filled up to `capacity` with copies of weight 0, so that shapes stay few on CUDA."""
+        n = len(self.source)
+        assert n <= capacity, (n, capacity)
+        if n == capacity or n == 0:
+            return self
+        fill = torch.zeros(capacity - n, dtype=torch.long, device=self.source.device)
+
+        def grow(x: Tensor, value: float | None = None) -> Tensor:
+            tail = x[fill] if value is None else torch.full_like(x[fill], value)
+            return torch.cat([x, tail])
+
+        return dataclasses.replace(
+            self,
+            source=grow(self.source),
+            target=grow(self.target),
+            teacher=None if self.teacher is None else grow(self.teacher),
+            weight=grow(self.weight, 0.0),
+            level=grow(self.level, 0.0),
+        )
+
+
+class Denoiser(Protocol):
+    """Predictions of the clean token from rows. A table of probabilities satisfies it: exact tests become possible.
+
+    Calling it gives (N, V) logits for sampling and scoring; the mask column is -inf. `nll` gives (N,) nats for
+    training, without an N x V tensor where that can be avoided.
+    """
+
+    def __call__(self, rows: Rows, *, cache: Any = None) -> Tensor: ...
+
+    def nll(self, rows: Rows) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NoisedBatch:
+    """Clean and noised tokens of one micro-batch, all (B, L): what `MaskedDiffusion.corrupt` took and gave."""
+
+    x0_BL: Tensor
+    ids_BL: Tensor
+    noised_BL: Tensor
+    maskable_BL: Tensor
+    weight_BL: Tensor
+    document_BL: Tensor
+    valid_BL: Tensor
+    group_BL: Tensor
+    annealed_LL: Tensor | None = None
+
+
+def noise_share(batch: NoisedBatch) -> Tensor:
+    """Share of maskable tokens of its group that is noised, for every token, (B, L) float32."""
+    G = int(batch.group_BL.max()) + 1
+    zeros = torch.zeros(len(batch.x0_BL), G, device=batch.x0_BL.device)
+    noised = zeros.scatter_add(1, batch.group_BL, batch.noised_BL.float())
+    maskable = zeros.scatter_add(1, batch.group_BL, batch.maskable_BL.float())
+    return (noised / maskable.clamp(min=1)).gather(1, batch.group_BL)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows of earlier forwards whose keys and values a cache keeps, (B, S): position, stream, block, document int64,
+    valid bool. A slot that is not valid (ragged batches leave some) is seen by nobody."""
+
+    position: Tensor
+    stream: Tensor
+    block: Tensor
+    document: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, n: int) -> Held:
+        """The first `n` rows of every sample."""
+        return cls(*(getattr(rows, f.name)[:, :n] for f in dataclasses.fields(cls)))
+
+    def followed_by(self, other: Held) -> Held:
+        """These slots, then the other's."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return Held(*(torch.cat(pair, 1) for pair in pairs))
+
+
+def visible(rows: Rows, held: Held | None = None) -> Tensor:
+    """Who sees whom, bool (B, R, S + R): [b, q, k] = row q attends to slot k of the cache, then to row k.
+
+    Padding sees itself, to have a softmax. In the full pattern a held slot hides where the same position is computed
+    afresh: two streams of one position would be two tokens.
+    """
+    R = rows.ids.shape[1]
+    fresh = Held.of(rows, R)
+    key = fresh if held is None else held.followed_by(fresh)
+    S = key.position.shape[1] - R
+    key_valid = key.valid
+    if S and rows.pattern == "full":
+        again = ((key.position[:, :S, None] == rows.position[:, None, :]) & rows.valid[:, None, :]).any(2)
+        key_valid = torch.cat([key_valid[:, :S] & ~again, key_valid[:, S:]], 1)
+    together = (rows.document[:, :, None] == key.document[:, None, :]) & key_valid[:, None, :]
+    causal = key.position[:, None, :] <= rows.position[:, :, None]
+    if rows.pattern == "causal":
+        relation = causal
+    elif rows.pattern == "full":
+        relation = torch.ones_like(together) if rows.annealed is None else causal | rows.annealed
+    else:
+        clean_key = (key.stream == CLEAN)[:, None, :]
+        clean_query = (rows.stream == CLEAN)[:, :, None]
+        key_block, query_block = key.block[:, None, :], rows.block[:, :, None]
+        noisy_sees = torch.where(clean_key, key_block < query_block, key_block == query_block)
+        relation = torch.where(clean_query, clean_key & causal, noisy_sees)
+    eye = torch.eye(R, dtype=torch.bool, device=rows.position.device)
+    itself = torch.cat([eye.new_zeros(R, S), eye], 1)
+    return (relation & together) | itself
