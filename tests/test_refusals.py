@@ -21,12 +21,14 @@ def blocks(parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_block_checkpoint_is_not_sampled_all_blocks_at_once(blocks: Path) -> None:
+def test_a_block_checkpoint_does_not_fill_holes_it_cannot_see_behind(blocks: Path) -> None:
     model = diffulm.load(blocks, dtype="float32")
-    with pytest.raises(ValueError, match="full layout only, and this checkpoint is block"):
-        diffulm.generate(model, "The dog", max_tokens=8)
-    with pytest.raises(ValueError, match="full layout only, and this checkpoint is block"):
+    assert isinstance(diffulm.generate(model, "The dog", max_tokens=8), str)
+    with pytest.raises(ValueError, match="does not see what stands after a hole"):
         diffulm.infill(model, "The", " dog", length=8)
+    assert str(diffulm.infill(model, "The dog", "", length=8)).startswith("The dog")
+    with pytest.raises(ValueError, match="blocks of 8 tokens: this layout decodes 4"):
+        diffulm.generate(model, "The dog", max_tokens=8, block=8)
 
 
 def test_the_ar_term_of_training_is_not_in_the_bound(blocks: Path) -> None:

@@ -449,10 +449,7 @@ def sample_stage(run: Run) -> dict[str, Any]:
     if stored:
         found: dict[str, Any] = stored
         return found
-    settings = run.recipe.eval
-    if run.recipe.model.layout != "full":
-        run.say("no samples: only the full layout is sampled")
-        return {"completions": [], "infills": [], "settings": "none: only the full layout is sampled"}
+    settings, blocks = run.recipe.eval, run.recipe.model.layout == "block"
     run.say("drawing samples")
     parent, _ = hub.open_model(parent_folder(run), dtype=torch.float32)
     tokenizer = load_tokenizer(run.out / "init")
@@ -461,7 +458,9 @@ def sample_stage(run: Run) -> dict[str, Any]:
         for p in settings.prompts
     ]
     del parent
-    infills: list[dict[str, str]] = [{"prefix": a, "truth": t, "suffix": b} for a, t, b in settings.infills]
+    # A block checkpoint does not see what stands after a hole.
+    holes = () if blocks else settings.infills
+    infills: list[dict[str, str]] = [{"prefix": a, "truth": t, "suffix": b} for a, t, b in holes]
     for what in ("before", "after"):
         model = hub.load(run.out / _ARMS[what], device=str(run.device), dtype="float32")
         for row in infills:
@@ -471,8 +470,8 @@ def sample_stage(run: Run) -> dict[str, Any]:
             for row in completions:
                 row["after"] = str(generate(model, row["prompt"], max_tokens=settings.max_tokens, steps=settings.steps))
     text = (
-        f"greedy; {settings.max_tokens} tokens, the diffusion model in {settings.steps} steps, most confident first; "
-        "infills have the true length in tokens, one token a step"
+        f"greedy; {settings.max_tokens} tokens, the diffusion model in {settings.steps} steps, most confident first"
+        + (", block after block" if blocks else "; infills have the true length in tokens, one token a step")
     )
     samples = {"completions": completions, "infills": infills, "settings": text}
     write_state(run.out, samples=samples)

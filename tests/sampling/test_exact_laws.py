@@ -110,7 +110,7 @@ def law(policy: Policy, steps: int, outcomes: Outcomes, shares: list[float] | No
                         {**uniforms, "token": token}, reveal, alpha, committed(masked), torch.zeros_like(masked),
                     )  # fmt: skip
                     holds = policy(step) if k + 1 < steps else torch.ones_like(masked)
-                    after = tuple(apply(step, holds, canvas, PROCESS)[0][0].tolist())
+                    after = tuple(apply(step, holds, canvas.editable, PROCESS)[0][0].tolist())
                     following[after] = following.get(after, 0.0) + weight * drawn * chance
         states = following
         if shares is not None:

@@ -8,7 +8,7 @@ computation. That also makes the shortcuts exact: a forward that is left out mov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,12 +37,14 @@ def denoise(
     cache: Any = None,
     seeds: Sequence[int] | None = None,
     end: EndOfText | None = None,
+    block: int | None = None,
 ) -> Iterator[Step]:
-    """Fill the holes of a canvas in at most `steps` forwards; yields after every step that changed something.
+    """Fill the holes of a canvas in at most `steps` forwards a block; yields after every step that changed something.
 
     Time runs over a uniform grid from 1 to 0. The last step reveals whatever is left, so no mask remains; the loop
     ends early when nothing is masked. A token that stands is never ranked or drawn again, and the mask token is never
-    drawn (its logit is -inf).
+    drawn (its logit is -inf). With blocks, each sample's first block with a hole is filled, then its next: every one on
+    a time grid of its own.
 
     No forward without a change: while the canvas stands still, predictions are used again; a blind policy is asked
     before the forward, which is spent only where it reveals; samples without a wanted prediction, and padding that
@@ -50,12 +52,16 @@ def denoise(
     however fine its grid (the idea of first hitting times, arXiv 2409.02908), with the tokens of the plain loop.
 
     Args:
+        steps: steps of the canvas, or of each block.
         seeds: one per sample; default 0, 1, 2, ...
-        cache: for block decoding; None. Its slots belong to samples, so with one the batch stays whole.
+        cache: an empty one of the denoiser, for the block layout: the same predictions from the rows that are new, and
+            the forward that proposes a block's first tokens commits the block before it. Its slots belong to samples,
+            so with one the batch stays whole.
         end: early stop, for completions. It acts only under a policy that says it never masks again (`remasks`).
+        block: tokens filled together, positions counted from 0; default the layout's own size, else all of them.
 
     Raises:
-        ValueError: steps < 1, or not one seed per sample.
+        ValueError: steps < 1, not one seed per sample, or a block size that the layout was not trained for.
     """
     B, L = canvas.ids.shape
     seeds = list(range(B)) if seeds is None else list(seeds)
@@ -63,16 +69,54 @@ def denoise(
         raise ValueError(f"steps must be at least 1, not {steps}")
     if len(seeds) != B:
         raise ValueError(f"there are {len(seeds)} seeds for {B} samples; give one each")
+    trained = getattr(layout, "size", None)
+    if block is not None and (block < 1 or trained not in (None, block)):
+        raise ValueError(f"blocks of {block} tokens: this layout decodes {trained or 'at least 1'} at a time")
+    if cache is not None and trained is None:
+        raise ValueError("the full layout sees everything anew at each step: it has no exact cache; leave it out")
+    ids = canvas.ids
+    for region in regions(canvas.editable, block or trained or L):
+        ids = yield from _fill(
+            denoiser, process, canvas, ids, region, steps, policy, draw, layout, cache, seeds, end
+        )  # fmt: skip
+
+
+def regions(editable: Tensor, size: int) -> list[Tensor]:
+    """What is filled one after the other, bool (B, L) each: entry r holds every sample's r-th block with a hole."""
+    L = editable.shape[1]
+    owner = torch.arange(L, device=editable.device) // size
+    touched = torch.stack([(editable & (owner == k)).any(1) for k in range(int(owner[-1]) + 1)], 1)
+    turn = (touched.cumsum(1) - 1).masked_fill(~touched, -1)  # (B, blocks): when each is filled
+    return [editable & (turn == r)[:, owner] for r in range(int(turn.max()) + 1)]
+
+
+def _fill(
+    denoiser: Denoiser,
+    process: MaskedDiffusion,
+    canvas: Canvas,
+    ids: Tensor,
+    region: Tensor,
+    steps: int,
+    policy: Policy,
+    draw: Draw,
+    layout: Layout,
+    cache: Any,
+    seeds: Sequence[int],
+    end: EndOfText | None,
+) -> Generator[Step, None, Tensor]:
+    """Fill one region, bool (B, L), of the canvas that stands at `ids`; returns what it then holds."""
+    L = ids.shape[1]
     blind, remasks = bool(getattr(policy, "blind", False)), getattr(policy, "remasks", None)
-    ids, masked = canvas.ids.clone(), canvas.editable & (canvas.ids == process.mask_token_id)
+    masked = region & (ids == process.mask_token_id)
     none, nothing = torch.zeros_like(masked), torch.empty(0, process.mask_token_id + 1, device=ids.device)
     predictions: Tensor | None = None
     for k, (t, s, alpha_t, reveal_prob) in enumerate(_grid(process, steps)):
         if not bool(masked.any()) and (remasks is not True or k == 0):
-            return
+            break
+        everywhere = canvas.editable & (ids == process.mask_token_id)
         step = Step(
             k, steps, s, t, ids, masked, masked, none, nothing, draw, Uniforms(seeds, k, L, ids.device), reveal_prob,
-            alpha_t, committed(masked), none,
+            alpha_t, committed(everywhere), none,
         )  # fmt: skip
         last = k + 1 == steps
         holds = policy(step) | last if blind else None
@@ -86,18 +130,24 @@ def denoise(
             holds = torch.ones_like(masked) if last else policy(step)
         if remasks is not True:  # a finished sample stays so, alone or beside others that go on
             holds = holds | ~masked.any(1, keepdim=True)
-        after, left = apply(step, holds, canvas, process)
+        after, left = apply(step, holds, region, process)
         if torch.equal(left, masked):
             continue
+        everywhere = (everywhere & ~region) | left
         if end is not None and remasks is False:
-            after, left = end(after, left, canvas.editable)
-        yield replace(step, ids=after, committed_upto=committed(left), revealed=masked & holds)
+            after, everywhere = end(after, everywhere, canvas.editable)
+            left = left & everywhere
+        yield replace(step, ids=after, committed_upto=committed(everywhere), revealed=masked & holds)
         ids, masked, predictions = after, left, None
+    return ids
 
 
-def apply(step: Step, holds: Tensor, canvas: Canvas, process: MaskedDiffusion) -> tuple[Tensor, Tensor]:
-    """(ids, masked) after a policy's decision: proposals where a masked position now holds, masks where it does not."""
-    left = canvas.editable & ~holds
+def apply(step: Step, holds: Tensor, region: Tensor, process: MaskedDiffusion) -> tuple[Tensor, Tensor]:
+    """(ids, masked) after a policy's decision: proposals where a masked position now holds, masks where it does not.
+
+    Positions outside the region, bool (B, L), stay as they are.
+    """
+    left = region & ~holds
     return step.filled(step.masked & holds).masked_fill(left, process.mask_token_id), left
 
 
@@ -112,8 +162,14 @@ def _grid(process: MaskedDiffusion, steps: int) -> list[tuple[float, float, floa
 def _predict(denoiser: Denoiser, layout: Layout, canvas: Canvas, ids: Tensor, wanted: Tensor, cache: Any) -> Tensor:
     """(N, V) log-probabilities at the wanted positions (one at least), in row-major order."""
     valid = canvas.valid
-    if cache is None:
+    if cache is not None:
+        held = cache.held
+        held_B = (
+            wanted.sum(1) * 0 if held is None else held.valid.sum(1)
+        )  # a slot for each finished token, and no other
+        rows = layout.cached_rows(ids, valid, wanted, held_B)  # type: ignore[attr-defined]
+    else:
         here = wanted.any(1)
         length = int(valid[here].sum(1).max())  # padding is on the right
-        ids, valid, wanted = ids[here, :length], valid[here, :length], wanted[here, :length]
-    return denoiser(layout.decoding_rows(ids, valid, wanted), cache=cache).log_softmax(-1)
+        rows = layout.decoding_rows(ids[here, :length], valid[here, :length], wanted[here, :length])
+    return denoiser(rows, cache=cache).log_softmax(-1)

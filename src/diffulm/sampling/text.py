@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..denoiser import HFDenoiser
-from ..layout import Denoiser, Layout, layout_from_config
+from ..layout import Block, Denoiser, Layout, layout_from_config
 from ..process import MaskedDiffusion
 from ..schedule import schedule_from_name
 from ..tokenizer import SpecialTokens, decode, encode, encode_after, special_tokens
 from .canvas import Canvas
-from .denoise import denoise
+from .denoise import denoise, regions
 from .draw import Draw
 from .end import EndOfText
 from .names import policy_from_name
@@ -68,14 +68,16 @@ def generate(
     top_p: float | None = None,
     stop: str | Sequence[str] = (),
     seed: int = 0,
+    block: int | None = None,
     watch: Watch | None = None,
 ) -> str | list[str]:
     """Complete a prompt (or several at once, of any lengths); returns the new text only.
 
-    The whole completion of `max_tokens` tokens is denoised together; it ends before the first end-of-text token and
-    before the first of the `stop` strings. A text whose end is reached costs no further forward. Greedy unless a
-    temperature is given: in confidence order that is the usual choice for conditional text. `steps` defaults to one
-    token a step.
+    The whole completion of `max_tokens` tokens is denoised together, or block after block where the checkpoint was
+    trained so (or `block` says so); it ends before the first end-of-text token and before the first of the `stop`
+    strings. A text whose end is reached costs no further forward. Greedy unless a temperature is given: in confidence
+    order that is the usual choice for conditional text. `steps` defaults to one token a step; with blocks they are
+    dealt out evenly, each block getting at least one.
 
     Raises:
         ValueError: prompt and completion are longer than the model was trained on, or the prompt holds the mask token.
@@ -86,7 +88,7 @@ def generate(
     canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
     ids = _run(
         model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch,
-        EndOfText((special.eos, special.bos)),
+        EndOfText((special.eos, special.bos)), block,
     )  # fmt: skip
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
@@ -136,6 +138,11 @@ def infill(
         kept = piece.removesuffix(" ") if before_hole else piece
         sample += _given(model, encode(model.tokenizer, kept) if k == 0 else encode_after(model.tokenizer, kept))
         sample += [None] * (lengths[k] if before_hole else 0)
+    if isinstance(model.layout, Block) and any(piece.strip() for piece in pieces[1:]):
+        raise ValueError(
+            "a checkpoint of the block layout does not see what stands after a hole; use generate, or a model with "
+            "full attention"
+        )
     canvas = Canvas.from_holes([sample], special_tokens(model.tokenizer)).to(model.device)
     steps = sum(lengths) if steps is None else steps
     ids = _run(model, canvas, steps, policy, Draw(temperature, top_k, top_p), seed, watch)
@@ -198,9 +205,11 @@ def generate_ids(
     denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
     ids = canvas.ids
+    layout = layout_from_config(diffusion)
     for step in denoise(
-        denoiser, process, canvas, steps=count if steps is None else steps, policy=_policy(policy),
-        draw=Draw(temperature, top_k, top_p), layout=layout_from_config(diffusion), seeds=range(seed, seed + len(rows)),
+        denoiser, process, canvas, steps=steps_of_a_block(canvas, layout, None, count if steps is None else steps),
+        policy=_policy(policy), draw=Draw(temperature, top_k, top_p), layout=layout,
+        cache=denoiser.new_cache() if isinstance(layout, Block) else None, seeds=range(seed, seed + len(rows)),
         end=EndOfText(ends),
     ):  # fmt: skip
         ids = step.ids
@@ -211,15 +220,24 @@ def _policy(policy: str | Policy) -> Policy:
     return policy_from_name(policy) if isinstance(policy, str) else policy
 
 
+def steps_of_a_block(canvas: Canvas, layout: Layout, block: int | None, steps: int) -> int:
+    """`steps` for a whole canvas as steps of each of its blocks, rounded up."""
+    size = block or getattr(layout, "size", None)
+    return steps if size is None else -(-steps // max(1, len(regions(canvas.editable, size))))
+
+
 def _run(
     model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
-    end: EndOfText | None = None,
+    end: EndOfText | None = None, block: int | None = None,
 ) -> Tensor:  # fmt: skip
     ids = _checked(canvas, model.config).ids
     seeds = [seed * 1_000_003 + b for b in range(len(ids))]
+    cached = isinstance(model.layout, Block) and isinstance(model.denoiser, HFDenoiser)
     for step in denoise(
-        model.denoiser, model.process, canvas, steps=steps, policy=_policy(policy), draw=draw, layout=model.layout,
-        seeds=seeds, end=end,
+        model.denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, block, steps),
+        policy=_policy(policy), draw=draw, layout=model.layout,
+        cache=model.denoiser.new_cache() if cached else None,  # type: ignore[attr-defined]
+        seeds=seeds, end=end, block=block,
     ):  # fmt: skip
         ids = step.ids
         if watch is not None:
@@ -228,11 +246,6 @@ def _run(
 
 
 def _checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
-    if diffusion["layout"] != "full":
-        raise ValueError(
-            f"text is sampled under the full layout only, and this checkpoint is {diffusion['layout']}: without "
-            "decoding block by block, later blocks would attend to masks in place of clean context"
-        )
     length, limit = canvas.ids.shape[1], int(diffusion["trained_length"])
     if length > limit:
         raise ValueError(
