@@ -350,9 +350,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=None, help="how many (default 3; smollm2: 1)")
     parser.add_argument("--tokens", type=int, default=None, help="budget of each arm instead of the recipe's")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="scratch folder")
-    parser.add_argument("--steps", type=int, default=1000, help="countdown: updates of 64 puzzles")
+    parser.add_argument("--steps", type=int, default=600, help="countdown: updates of 64 puzzles")
     parser.add_argument("--numbers", type=int, default=3, help="countdown: numbers in a puzzle")
-    parser.add_argument("--largest", type=int, default=99, help="countdown: the largest number")
+    parser.add_argument("--largest", type=int, default=9, help="countdown: the largest number")
     arguments = parser.parse_args()
     if arguments.study == "report":
         claims_report.write(RESULTS)

@@ -133,7 +133,9 @@ def extrapolations(results: list[Result]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        found = fit_power(plateau(r))
+        # From scratch such budgets end on the plateau of token frequencies: a power law through it would be certain and
+        # wrong.
+        found = None if r["arm"] == "scratch" else fit_power(plateau(r))
         if found is None:
             continue
         low, high = found["floors"]
