@@ -83,6 +83,20 @@ def comparison(results: list[Result], budget: int) -> str:
     return "\n".join(lines)
 
 
+def curves(results: list[Result], budget: int) -> str:
+    """Held-out nats per token after so many tokens, mean over seeds, an arm a column."""
+    arms: dict[str, list[Result]] = defaultdict(list)
+    for r in results:
+        if r["budget"] == budget and r["arm"] != "parent":
+            arms[r["arm"]].append(r)
+    names = sorted(arms, key=lambda a: over_seeds(nats(arms[a]))[0])
+    lines = ["| tokens | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for k, (tokens, _) in enumerate(arms[names[0]][0]["curve"]):
+        cells = [f"{np.mean([r['curve'][k][1] for r in arms[a]]):.3f}" for a in names]
+        lines.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def nats(results: Any) -> list[float]:
     return [r["estimate"]["nats_per_token"] for r in results]
 
@@ -229,7 +243,11 @@ def write(results: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name in ("tiny", "smollm2"):
         found = load(results / name)
-        tables = "\n\n".join(f"Budget {b:,} tokens an arm.\n\n{comparison(found, b)}" for b in budgets(found))
+        tables = "\n\n".join(
+            f"Budget {b:,} tokens an arm.\n\n{comparison(found, b)}\n\nIn-loop evaluation (fewer windows, the same for "
+            f"all arms):\n\n{curves(found, b)}"
+            for b in budgets(found)
+        )
         page = fill(page, name, tables)
         if found:
             plot(found, f"{name}: held-out bound against tokens", PAGE.with_name(f"claims-{name}.svg"))

@@ -185,3 +185,48 @@ def test_filling_the_page() -> None:
     with pytest.raises(ValueError, match="no marks"):
         claims_report.fill(page, "y", "new")
     assert math.isnan(claims_report.over_seeds([1.0])[1])
+
+
+@pytest.mark.slow
+def test_both_studies_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A parent, three arms and two fine-tunings in miniature; a second call finds everything done."""
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(claims, "BOOKS", tmp_path / "no-books")
+    monkeypatch.setattr(
+        claims, "TINY", {**claims.TINY, "n_layer": 1, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
+    )
+    monkeypatch.setattr(claims, "PARENT_TOKENS", 4096)
+    few = [countdown.make_puzzle(-1, i, 3, 9) for i in range(30)]
+    monkeypatch.setattr(claims, "test_puzzles", lambda numbers, largest: few)
+    base = load_recipe(claims.RECIPES / "claims-tiny.toml")
+    runs = tmp_path / "runs"
+    budget = 2048
+    base = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, parent=str(runs / "tiny" / "parent")),
+        data=dataclasses.replace(base.data, length=32, sources=base.data.sources[:1]),
+        train=dataclasses.replace(base.train, tokens=budget, heldout_evaluations=2),
+        eval=dataclasses.replace(base.eval, windows=4, draws=2),
+    )
+    recipe_file = tmp_path / "recipes"
+    recipe_file.mkdir()
+    shown = (claims.RECIPES / "claims-tiny.toml").read_text().replace("tokens = 524288", f"tokens = {budget}")
+    (recipe_file / "claims-tiny.toml").write_text(shown)
+    monkeypatch.setattr(claims, "RECIPES", recipe_file)
+    claims.make_parent(base, runs)
+    arms = ["full", "scratch", "ar-continued"]
+    claims.study("tiny", base, arms, [0, 1], None, runs)
+    found = claims_report.load(tmp_path / "results" / "tiny")
+    assert {(r["arm"], r["seed"]) for r in found} == {(a, s) for a in arms for s in (0, 1)} | {("parent", 0)}
+    assert all(r["tokens"] == budget for r in found if r["arm"] != "parent")
+    table = claims_report.comparison(found, budget)
+    assert "| ar-continued (exact) | 2 |" in table and "| scratch | 2 |" in table
+    capsys.readouterr()
+    claims.study("tiny", base, arms, [0, 1], None, runs)
+    assert capsys.readouterr().out.strip() == "tiny: 6 of 6 arms are done"
+    for _ in range(2):
+        claims.countdown_study(["ar-parent", "diffusion-scratch", "diffusion-adapted"], [0], 3, 3, 9, runs)
+    puzzles = claims_report.load(tmp_path / "results" / "countdown")
+    assert {r["arm"] for r in puzzles} == {"ar-parent", "diffusion-scratch", "diffusion-adapted"}
+    assert all(r["test"] == 30 and 0 <= r["accuracy"] <= 1 and r["puzzles"] == 192 for r in puzzles)
+    assert capsys.readouterr().out.count("right,") == 3
