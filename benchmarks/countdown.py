@@ -13,7 +13,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,7 @@ class Puzzles:
 @torch.no_grad()
 def answer_nats(denoiser: HFDenoiser, batches: Puzzles, puzzles: Sequence[Puzzle], *, draws: int = 4) -> float:
     """Nats per answer token: exact for the parent, the bound (fixed noise) for a diffusion model."""
+    batches = replace(batches, annealing=None)  # the model is scored with the attention it decodes with
     total, count = 0.0, 0
     for draw in range(1 if batches.process is None else draws):
         for at in range(0, len(puzzles), 128):

@@ -108,6 +108,19 @@ def test_the_right_answer_is_read_off_a_perfect_model() -> None:
         assert sum(countdown.is_solution(p.given, a) for p, a in zip(puzzles, said, strict=True)) == right
 
 
+def test_a_score_does_not_see_the_annealing_of_training() -> None:
+    from diffulm.denoiser import HFDenoiser
+
+    from .train.tiny import make_denoiser
+
+    denoiser: HFDenoiser = make_denoiser()
+    process = MaskedDiffusion(20)
+    puzzles = [countdown.make_puzzle(5, i, 3, 20) for i in range(6)]
+    annealed, plain = (stream(process=process, annealing=a) for a in (Annealing(100, 0), None))
+    assert countdown.answer_nats(denoiser, annealed, puzzles) == countdown.answer_nats(denoiser, plain, puzzles)
+    assert annealed.rows(0)[0].annealed is not None and plain.rows(0)[0].annealed is None
+
+
 def test_wilson_interval_holds_the_rate() -> None:
     low, high = countdown.wilson(30, 100)
     assert (round(low, 3), round(high, 3)) == (0.219, 0.396), "the textbook's figures"
