@@ -140,6 +140,34 @@ def test_a_tied_matrix_under_either_name(held: str, tmp_path: Path) -> None:
     assert difference(opened(tmp_path), plain) < 1e-5
 
 
+def test_a_head_that_differs_from_its_tied_embedding_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    w = files.write_diffugpt(tmp_path)
+    for change, said in ((0.0, False), (1.0, True)):
+        w["lm_head.weight"] = w["embed_tokens.weight"] + change
+        files.write_weights(tmp_path, w)
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            opened(tmp_path)
+        assert ("embed_tokens.weight and lm_head.weight differ though they are tied" in caplog.text) == said
+
+
+def test_another_format_is_told_which_known_one_is_closest(parent: Path, tmp_path: Path, capsys: Any) -> None:
+    assert "closest is DiffuLLaMA, whose tokenizer has the mask token 'ти', and this one has none" in refused(
+        capsys, parent
+    )
+    files.write_diffugpt(tmp_path / "gpt")
+    w = {f"transformer.{k}": v for k, v in load_file(tmp_path / "gpt" / "model.safetensors").items()}
+    files.write_weights(tmp_path / "gpt", w)
+    assert "closest is DiffuGPT, whose weights begin with denoise_model., and this folder has transformer." in refused(
+        capsys, tmp_path / "gpt"
+    )
+    config = json.loads((tmp_path / "gpt" / "config.json").read_text())
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps({**config, "model_type": "LLaDA_2"}))
+    assert "closest is LLaDA with model_type 'llada', and this config.json says 'LLaDA_2'" in refused(
+        capsys, tmp_path / "gpt"
+    )
+
+
 def test_reused_mask_tokens_stay_ordinary_text(tmp_path: Path) -> None:
     """Thirteen hyphens are one token. Cut out as a special token, twelve of them would be the mask."""
     files.write_diffugpt(tmp_path / "gpt")

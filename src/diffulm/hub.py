@@ -270,7 +270,8 @@ def load(
     raw = runtime.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     kind = None if gguf else released.recognise(folder, raw)
     if kind is None and (gguf or not isinstance(raw.get("diffusion"), dict)):
-        raise ValueError(f"{name} is not a diffusion checkpoint; make one of it with `diffulm convert`")
+        near = "" if gguf or not raw else f" ({released.nearest(folder, raw)})"
+        raise ValueError(f"{name} is not a diffusion checkpoint{near}; make one of it with `diffulm convert`")
     where = runtime.pick_device(device)
     precision = _precision(dtype, raw, folder, where)
     if kind:

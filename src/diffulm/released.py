@@ -7,6 +7,7 @@ conventions come from the released source code; docs/guides/released-checkpoints
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +82,21 @@ def recognise(folder: Path, config: dict[str, Any]) -> str | None:
         return family
     # DiffuLLaMA's keys are a plain Llama's. What tells it from its parent is that its tokenizer has a mask token.
     return family if kind == "llama" and declared_mask(folder) in CONVENTIONS[family].masks else None
+
+
+def nearest(folder: Path, config: dict[str, Any]) -> str:
+    """For a folder that follows no convention, in words: which known one is closest and what differs."""
+    kind = str(config.get("model_type", ""))
+    if kind == "gpt2":
+        first = min(weights.stored(folder), default="none")
+        return f"closest is DiffuGPT, whose weights begin with denoise_model., and this folder has {first}"
+    if kind == "llama":
+        has, mask = declared_mask(folder), CONVENTIONS["diffullama"].masks[0]
+        own = f"has {has!r}" if has else "has none"
+        return f"closest is DiffuLLaMA, whose tokenizer has the mask token {mask!r}, and this one {own}"
+    known = {"gpt2": "DiffuGPT", "llama": "DiffuLLaMA", "llada": "LLaDA", "Dream": "Dream", "a2d-qwen3": "dllm's A2D"}
+    near = max(known, key=lambda one: difflib.SequenceMatcher(None, kind.lower(), one.lower()).ratio())
+    return f"closest is {known[near]} with model_type {near!r}, and this config.json says {kind or 'nothing'!r}"
 
 
 def declared_mask(folder: Path) -> str | None:

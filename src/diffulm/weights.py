@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import runtime
+from .runtime import log
 
 #: Stock names of the token table.
 EMBEDDING = {
@@ -164,6 +165,9 @@ def match(
             misshapen.append(f"{here} is {tuple(found[here].get_shape())}, not {shape}")
         else:
             weights[stock] = found[here]
+            for other in (n for n in names if n != here and n in found):
+                if not torch.equal(found[other][...], found[here][...]):
+                    log.warning("%s: %s and %s differ though they are tied; %s counts", name, here, other, here)
     unknown = [key for key in found if key not in used and not _BUFFER.search(key)]
     problems = [("missing", missing), ("unknown", unknown), ("of another shape", misshapen)]
     if any(keys for _, keys in problems):
