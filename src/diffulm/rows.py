@@ -57,6 +57,25 @@ class Rows:
         }
         return dataclasses.replace(self, **moved)
 
+    def window(self, start_B: Tensor, width: int) -> Rows:
+        """Rows start_B to start_B + width - 1 of every sample, for a cache that holds the others.
+
+        The wanted rows' sources have to be among them. Where a window reaches beyond the sample its rows are invalid.
+        """
+        assert self.teacher is None and self.annealed is None
+        R = self.ids.shape[1]
+        at_BW = start_B[:, None] + torch.arange(width, device=start_B.device)
+        inside_BW = (at_BW >= 0) & (at_BW < R)
+        at_BW = at_BW.clamp(0, R - 1)
+        sample_N, row_N = self.source // R, self.source % R
+        row_N = row_N - start_B[sample_N]
+        assert bool(((row_N >= 0) & (row_N < width)).all()), "a source outside its window"
+        taken: dict[str, Any] = {
+            name: getattr(self, name).gather(1, at_BW) for name in ("ids", "position", "stream", "block", "document")
+        }
+        valid = self.valid.gather(1, at_BW) & inside_BW
+        return dataclasses.replace(self, **taken, valid=valid, source=sample_N * width + row_N, plain=False)
+
     def padded(self, capacity: int) -> Rows:
         """The wanted rows filled up to `capacity` with copies of weight 0, so that shapes stay few on CUDA."""
         n = len(self.source)

@@ -15,6 +15,7 @@ from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Block, Full
 from diffulm.sampling import (
     Ancestral,
+    BlockCache,
     Canvas,
     Draw,
     EndOfText,
@@ -29,6 +30,7 @@ from diffulm.sampling import (
     denoise,
 )
 from diffulm.sampling.denoise import regions
+from diffulm.sampling.text import steps_of_a_block
 
 from ..families import random_model
 from ..toy import LAYOUT as OWN
@@ -53,7 +55,7 @@ def model(family: str = "llama", seed: int = 3) -> HFDenoiser:
 
 def fill(denoiser: Any, texts: Any, policy: Policy, *, cached: bool, layout: Any, steps: int = 4, **more: Any) -> Any:
     canvas = Canvas.from_holes(texts, SPECIAL)
-    cache = denoiser.new_cache() if cached else None
+    cache = BlockCache(denoiser.new_cache()) if cached else None
     counter = Counter(denoiser)
     out = list(denoise(
         counter, PROCESS, canvas, steps=steps, policy=policy, draw=Draw(1.0), layout=layout, cache=cache, **more
@@ -189,10 +191,24 @@ def test_what_makes_no_sense_is_refused() -> None:
     denoiser = model()
     with pytest.raises(ValueError, match="blocks of 8 tokens: this layout decodes 4 at a time"):
         fill(denoiser, COMPLETIONS, Entropy(), cached=True, layout=Block(4), block=8)
-    with pytest.raises(ValueError, match="no exact cache"):
+    with pytest.raises(ValueError, match=r"no cache of it is exact.*PrefixCache"):
         fill(denoiser, COMPLETIONS, Entropy(), cached=True, layout=Full("own"))
     with pytest.raises(ValueError, match="ALiBi"):
         HFDenoiser(random_model("bloom"), MASK).new_cache()
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, 7, 16])
+def test_as_many_steps_as_tokens_are_one_token_a_step_in_every_block(block: int) -> None:
+    """Blocks of unequal size, for they count from position 0: a full one must not hurry for the sake of a short one."""
+    for texts in (COMPLETIONS, HOLES, [[5, *[None] * 10]]):
+        canvas = Canvas.from_holes(texts, SPECIAL)
+        holes = int(canvas.editable.sum(1).max())
+        steps = steps_of_a_block(canvas, Full(), block, holes)
+        found, _, _ = fill(model(), texts, TopConfidence(), cached=False, layout=Full(), block=block, steps=steps)
+        assert max(int(step.revealed.sum(1).max()) for step in found) == 1
+        assert 1 <= steps_of_a_block(canvas, Full(), block, -(-holes // 2)) <= 1 + steps // 2
+    assert steps_of_a_block(canvas, Full(), None, 7) == 7
+    assert steps_of_a_block(canvas, Block(4), None, 10) == 4
 
 
 def test_full_attention_in_blocks_fills_them_in_turn() -> None:

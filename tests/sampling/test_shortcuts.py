@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffulm.denoiser import Cache
 from diffulm.layout import Full, Rows
 from diffulm.process import MaskedDiffusion
 from diffulm.runtime import uniforms
@@ -20,6 +21,7 @@ from diffulm.sampling import (
     Ancestral,
     Canvas,
     Draw,
+    DualCache,
     EndOfText,
     Entropy,
     EntropyBound,
@@ -267,7 +269,7 @@ def test_finished_samples_leave_the_batch_and_so_does_their_padding() -> None:
     run(counted, canvas_of(texts), policy=TopConfidence(), steps=9)
     assert counted.shapes == [(3, 14), (2, 4), (1, 4)]
     kept = Counter(Noise(VOCAB, MASK))
-    run(kept, canvas_of(texts), policy=TopConfidence(), steps=9, cache=object())
+    run(kept, canvas_of(texts), policy=TopConfidence(), steps=9, cache=DualCache(Cache(None)))
     assert kept.shapes == [(3, 14)] * 3  # a cache's slots belong to samples: the batch stays whole
 
 

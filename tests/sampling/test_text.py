@@ -354,6 +354,26 @@ def test_a_real_model_completes_alone_and_in_a_batch(loaded: Model) -> None:
     pieces_are_kept(holes, ["The ", " fox ", "."], holes.fills)
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cached_completion(loaded: Model, cache: Any) -> None:
+    """Prompts of unequal lengths; one block over all of it is the uncached text, smaller blocks some other one."""
+    prompts = ["The quick brown", "", "Numbers: 0 1 2 3"]
+    assert generate(loaded, prompts, max_tokens=8, cache=cache, block=64) == generate(loaded, prompts, max_tokens=8)
+    small = generate(loaded, prompts, max_tokens=8, cache=cache, block=4)
+    assert small == [generate(loaded, p, max_tokens=8, cache=cache, block=4) for p in prompts]
+
+
+def test_caches_that_do_not_fit_are_refused(loaded: Model) -> None:
+    with pytest.raises(ValueError, match="unknown cache 'best': use none, prefix or dual"):
+        generate(loaded, "a", cache="best")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keeps no keys and values"):
+        generate(toy_model(), "a", cache="dual")
+    layout = {"layout": "block", "block_size": 4, "source": "own"}
+    blocks = Model(loaded.denoiser, loaded.tokenizer, loaded.process, loaded.config | layout, "blocks")
+    with pytest.raises(ValueError, match="the block layout needs no approximate cache"):
+        generate(blocks, "a", cache="dual")
+
+
 # ------------------------------------------------------------------------------------------------------- the view
 
 

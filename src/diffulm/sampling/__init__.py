@@ -1,9 +1,12 @@
 """Sampling: canvases, draws, policies and the one denoising loop."""
 
+from .caches import BlockCache, DualCache, PrefixCache, Uncached, agreement
 from .canvas import Canvas
+from .constraints import Banned
 from .denoise import denoise
 from .draw import Draw
 from .end import EndOfText
+from .infill import Infilling, infill
 from .names import policy_from_name
 from .policies import (
     Ancestral,
@@ -19,10 +22,11 @@ from .policies import (
     TopConfidence,
 )
 from .step import Step
-from .text import Infilling, generate, generate_ids, infill, pieces_for_view
+from .text import generate, generate_ids, pieces_for_view
 
 __all__ = [
-    "Ancestral", "Canvas", "Draw", "EndOfText", "Entropy", "EntropyBound", "Factor", "FirstHitting", "Infilling",
-    "Margin", "Policy", "RandomOrder", "Remask", "Step", "Threshold", "TopConfidence", "denoise", "generate",
-    "generate_ids", "infill", "pieces_for_view", "policy_from_name",
+    "Ancestral", "Banned", "BlockCache", "Canvas", "Draw", "DualCache", "EndOfText", "Entropy", "EntropyBound",
+    "Factor", "FirstHitting", "Infilling", "Margin", "Policy", "PrefixCache", "RandomOrder", "Remask", "Step",
+    "Threshold", "TopConfidence", "Uncached", "agreement", "denoise", "generate", "generate_ids", "infill",
+    "pieces_for_view", "policy_from_name",
 ]  # fmt: skip

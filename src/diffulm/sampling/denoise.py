@@ -1,23 +1,25 @@
 """The one loop: from masks to text. Completion, infilling, streaming and display all consume this iterator.
 
 What varies is handed in as values: the policy (which positions to reveal), the draw (which token), the layout (which
-row predicts), the end (what makes the rest of a sample not worth a forward). Randomness is one seeded uniform per
-(sample, step, position, purpose), so a sample depends neither on the samples beside it nor on the order of
-computation. That also makes the shortcuts exact: a forward that is left out moves no other number.
+row predicts), the end (what makes the rest of a sample not worth a forward), the cache (which rows a forward need not
+compute), bans (tokens that must not be drawn). Randomness is one seeded uniform per (sample, step, position, purpose),
+so a sample depends neither on the samples beside it nor on the order of computation. That also makes the shortcuts
+exact: a forward that is left out moves no other number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import Denoiser, Layout
 from ..process import MaskedDiffusion
+from .caches import Caching, Uncached
 from .canvas import Canvas
+from .constraints import Banned
 from .draw import Draw
 from .end import EndOfText
 from .policies import Policy
@@ -34,10 +36,11 @@ def denoise(
     policy: Policy,
     draw: Draw,
     layout: Layout,
-    cache: Any = None,
+    cache: Caching | None = None,
     seeds: Sequence[int] | None = None,
     end: EndOfText | None = None,
     block: int | None = None,
+    banned: Banned | None = None,
 ) -> Iterator[Step]:
     """Fill the holes of a canvas in at most `steps` forwards a block; yields after every step that changed something.
 
@@ -54,14 +57,16 @@ def denoise(
     Args:
         steps: steps of the canvas, or of each block.
         seeds: one per sample; default 0, 1, 2, ...
-        cache: an empty one of the denoiser, for the block layout: the same predictions from the rows that are new, and
-            the forward that proposes a block's first tokens commits the block before it. Its slots belong to samples,
-            so with one the batch stays whole.
+        cache: what forwards keep for later ones (caches.py), its slots empty: `BlockCache`, exact, for the block
+            layout; `PrefixCache` or `DualCache`, approximate, for the full one. Default: nothing. Slots belong to
+            samples, so with one a sample stays in the batch until its block's last forward.
         end: early stop, for completions. It acts only under a policy that says it never masks again (`remasks`).
         block: tokens filled together, positions counted from 0; default the layout's own size, else all of them.
+        banned: token sequences that must not appear (constraints.py); the policy ranks by what they leave.
 
     Raises:
-        ValueError: steps < 1, not one seed per sample, or a block size that the layout was not trained for.
+        ValueError: steps < 1, not one seed per sample, a block size that the layout was not trained for, a cache of
+            another layout, or bans that leave no token.
     """
     B, L = canvas.ids.shape
     seeds = list(range(B)) if seeds is None else list(seeds)
@@ -72,13 +77,23 @@ def denoise(
     trained = getattr(layout, "size", None)
     if block is not None and (block < 1 or trained not in (None, block)):
         raise ValueError(f"blocks of {block} tokens: this layout decodes {trained or 'at least 1'} at a time")
-    if cache is not None and trained is None:
-        raise ValueError("the full layout sees everything anew at each step: it has no exact cache; leave it out")
+    cache = cache or Uncached()
+    cache.check(layout)
+    size = block or trained or L
+
     ids = canvas.ids
-    for region in regions(canvas.editable, block or trained or L):
-        ids = yield from _fill(
-            denoiser, process, canvas, ids, region, steps, policy, draw, layout, cache, seeds, end
-        )  # fmt: skip
+    for region in regions(canvas.editable, size):
+        if end is not None and getattr(policy, "remasks", None) is False:
+            region = region & (ids == process.mask_token_id)  # what an end of text has filled is done
+
+        def predict(ids: Tensor, wanted: Tensor, region: Tensor = region) -> Tensor:
+            """(N, V) log-probabilities at the wanted positions (one at least), in row-major order."""
+            rows = cache.rows(layout, replace(canvas, ids=ids), wanted, region, size)
+            log_probs = denoiser(rows, cache=cache.slots).log_softmax(-1)
+            return log_probs if banned is None else banned(log_probs, ids, wanted)
+
+        cache.begin()
+        ids = yield from _fill(predict, process, canvas, ids, region, steps, policy, draw, seeds, end)
 
 
 def regions(editable: Tensor, size: int) -> list[Tensor]:
@@ -91,7 +106,7 @@ def regions(editable: Tensor, size: int) -> list[Tensor]:
 
 
 def _fill(
-    denoiser: Denoiser,
+    predict: Callable[[Tensor, Tensor], Tensor],
     process: MaskedDiffusion,
     canvas: Canvas,
     ids: Tensor,
@@ -99,8 +114,6 @@ def _fill(
     steps: int,
     policy: Policy,
     draw: Draw,
-    layout: Layout,
-    cache: Any,
     seeds: Sequence[int],
     end: EndOfText | None,
 ) -> Generator[Step, None, Tensor]:
@@ -124,7 +137,7 @@ def _fill(
         if not bool(wanted.any()):
             predictions = nothing
         elif predictions is None or blind:
-            predictions = _predict(denoiser, layout, canvas, ids, wanted, cache)
+            predictions = predict(ids, wanted)
         step = replace(step, predicted=wanted, log_probs=predictions)
         if holds is None:
             holds = torch.ones_like(masked) if last else policy(step)
@@ -157,19 +170,3 @@ def _grid(process: MaskedDiffusion, steps: int) -> list[tuple[float, float, floa
     t, s = times[:-1], times[1:]
     columns = t, s, process.schedule.alpha(t), process.reveal_prob(s, t)
     return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _predict(denoiser: Denoiser, layout: Layout, canvas: Canvas, ids: Tensor, wanted: Tensor, cache: Any) -> Tensor:
-    """(N, V) log-probabilities at the wanted positions (one at least), in row-major order."""
-    valid = canvas.valid
-    if cache is not None:
-        held = cache.held
-        held_B = (
-            wanted.sum(1) * 0 if held is None else held.valid.sum(1)
-        )  # a slot for each finished token, and no other
-        rows = layout.cached_rows(ids, valid, wanted, held_B)  # type: ignore[attr-defined]
-    else:
-        here = wanted.any(1)
-        length = int(valid[here].sum(1).max())  # padding is on the right
-        rows = layout.decoding_rows(ids[here, :length], valid[here, :length], wanted[here, :length])
-    return denoiser(rows, cache=cache).log_softmax(-1)

@@ -1,10 +1,9 @@
-"""Text in, text out: `generate` and `infill` over the one loop."""
+"""Text in, text out: completions over the one loop. Holes are filled in infill.py."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +12,16 @@ from ..denoiser import HFDenoiser
 from ..layout import Block, Denoiser, Layout, layout_from_config
 from ..process import MaskedDiffusion
 from ..schedule import schedule_from_name
-from ..tokenizer import SpecialTokens, decode, encode, encode_after, special_tokens
+from ..tokenizer import SpecialTokens, decode, encode, special_tokens
+from .caches import BLOCK, BlockCache, Caching, DualCache, PrefixCache
 from .canvas import Canvas
+from .constraints import Banned
 from .denoise import denoise, regions
 from .draw import Draw
 from .end import EndOfText
 from .names import policy_from_name
 from .policies import Policy
 from .step import Step
-
-_HOLE = re.compile(r"<hole(?::(\d+))?>")
 
 
 class Model(Protocol):
@@ -45,17 +44,6 @@ class Model(Protocol):
 Watch = Callable[[Canvas, Step], None]
 
 
-class Infilling(str):
-    """The whole text, holes filled; `fills` holds the filled pieces in order."""
-
-    fills: tuple[str, ...]
-
-    def __new__(cls, text: str, fills: Sequence[str] = ()) -> Infilling:
-        self = super().__new__(cls, text)
-        self.fills = tuple(fills)
-        return self
-
-
 def generate(
     model: Model,
     prompt: str | Sequence[str],
@@ -69,6 +57,7 @@ def generate(
     stop: str | Sequence[str] = (),
     seed: int = 0,
     block: int | None = None,
+    cache: Literal["none", "prefix", "dual"] = "none",
     watch: Watch | None = None,
 ) -> str | list[str]:
     """Complete a prompt (or several at once, of any lengths); returns the new text only.
@@ -79,91 +68,29 @@ def generate(
     order that is the usual choice for conditional text. `steps` defaults to one token a step; with blocks they are
     dealt out evenly, each block getting at least one.
 
+    cache "prefix" or "dual" (caches.py) computes fewer rows for a checkpoint with full attention, and approximately;
+    `block` is then 32 unless given. A checkpoint of the block layout always uses its own cache, which is exact.
+
     Raises:
-        ValueError: prompt and completion are longer than the model was trained on, or the prompt holds the mask token.
+        ValueError: prompt and completion are longer than the model was trained on, the prompt holds the mask token, or
+            the cache is not for this checkpoint.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     special = special_tokens(model.tokenizer)
-    encoded = [_given(model, encode(model.tokenizer, text)) for text in prompts]
+    encoded = [given_ids(model, encode(model.tokenizer, text)) for text in prompts]
     canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
-    ids = _run(
+    caching = caching_from_name(cache, model.denoiser, model.layout)
+    if block is None and isinstance(caching, DualCache):
+        block = BLOCK
+    ids = run(
         model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch,
-        EndOfText((special.eos, special.bos)), block,
+        EndOfText((special.eos, special.bos)), block, caching,
     )  # fmt: skip
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
         new = row[1 + len(given) : 1 + len(given) + max_tokens]
         texts.append(_ended(model, given, new, special, [stop] if isinstance(stop, str) else stop))
     return texts[0] if isinstance(prompt, str) else texts
-
-
-def infill(
-    model: Model,
-    prefix: str,
-    suffix: str | None = None,
-    *,
-    length: int = 8,
-    steps: int | None = None,
-    policy: str | Policy = "confidence",
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    watch: Watch | None = None,
-) -> Infilling:
-    """Fill one hole between prefix and suffix, or every `<hole>` / `<hole:N>` of a text given as `prefix` alone.
-
-    Returns the whole text (a str) with `.fills`. A hole takes exactly `length` (or N) tokens. What was given is never
-    altered: the result is prefix + fill + suffix, character for character. A space at the end of what stands before
-    a hole is generated with the hole's first word, because tokenizers join it to the word.
-
-    Raises:
-        ValueError: no hole, a hole of no tokens, or a text longer than the model was trained on.
-    """
-    text = prefix if suffix is None else None
-    pieces = [prefix, suffix] if suffix is not None else []
-    lengths = [length]
-    if text is not None:
-        marks = list(_HOLE.finditer(text))
-        lengths = [int(m.group(1) or length) for m in marks]
-        edges = [0, *[e for m in marks for e in m.span()], len(text)]
-        pieces = [text[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2)]
-        if not marks:
-            raise ValueError("the text has no hole; write <hole> or <hole:N> where N tokens are to be filled in")
-    if min(lengths) < 1:
-        raise ValueError("a hole needs at least one token; write <hole:N> with N >= 1")
-    sample: list[int | None] = []
-    for k, piece in enumerate(pieces):
-        before_hole = k < len(lengths)
-        kept = piece.removesuffix(" ") if before_hole else piece
-        sample += _given(model, encode(model.tokenizer, kept) if k == 0 else encode_after(model.tokenizer, kept))
-        sample += [None] * (lengths[k] if before_hole else 0)
-    if isinstance(model.layout, Block) and any(piece.strip() for piece in pieces[1:]):
-        raise ValueError(
-            "a checkpoint of the block layout does not see what stands after a hole; use generate, or a model with "
-            "full attention"
-        )
-    canvas = Canvas.from_holes([sample], special_tokens(model.tokenizer)).to(model.device)
-    steps = sum(lengths) if steps is None else steps
-    ids = _run(model, canvas, steps, policy, Draw(temperature, top_k, top_p), seed, watch)
-    fills = _fills(model, ids[0].tolist()[1:], sample, pieces, lengths)
-    shown = "".join(p + f for p, f in zip(pieces, [*fills, ""], strict=True))
-    return Infilling(shown, fills)
-
-
-def _fills(model: Model, ids: list[int], sample: list[int | None], pieces: list[str], lengths: list[int]) -> list[str]:
-    """Text of each hole, without the space that belongs to the piece before it."""
-    fills = []
-    end = 0
-    for piece, length in zip(pieces[:-1], lengths, strict=True):
-        at = sample.index(None, end)
-        end = at + length
-        # Decoded behind its context: a first piece by itself may lose its space.
-        before = decode(model.tokenizer, ids[:at])
-        fill = decode(model.tokenizer, ids[:end])
-        fill = fill[len(before) :] if fill.startswith(before) else decode(model.tokenizer, ids[at:end])
-        fills.append(fill.removeprefix(" ") if piece.endswith(" ") else fill)
-    return fills
 
 
 def generate_ids(
@@ -201,7 +128,7 @@ def generate_ids(
     prompts = [row[1:] if row[:1] == [special.bos] else row for row in rows]
     asked = (max_tokens, max_new_tokens, getattr(generation_config, "max_new_tokens", None), 32)
     count = next(n for n in asked if n is not None)
-    canvas = _checked(Canvas.from_prompt(prompts, count, special), diffusion).to(input_ids.device)
+    canvas = checked(Canvas.from_prompt(prompts, count, special), diffusion).to(input_ids.device)
     denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
     ids = canvas.ids
@@ -209,7 +136,7 @@ def generate_ids(
     for step in denoise(
         denoiser, process, canvas, steps=steps_of_a_block(canvas, layout, None, count if steps is None else steps),
         policy=_policy(policy), draw=Draw(temperature, top_k, top_p), layout=layout,
-        cache=denoiser.new_cache() if isinstance(layout, Block) else None, seeds=range(seed, seed + len(rows)),
+        cache=caching_from_name("none", denoiser, layout), seeds=range(seed, seed + len(rows)),
         end=EndOfText(ends),
     ):  # fmt: skip
         ids = step.ids
@@ -221,23 +148,47 @@ def _policy(policy: str | Policy) -> Policy:
 
 
 def steps_of_a_block(canvas: Canvas, layout: Layout, block: int | None, steps: int) -> int:
-    """`steps` for a whole canvas as steps of each of its blocks, rounded up."""
+    """Steps of each block that deal out `steps` over a whole canvas by tokens, rounded up for the largest block.
+
+    A smaller block takes no more steps than it has tokens: as many steps as tokens are one token a step in each.
+    """
     size = block or getattr(layout, "size", None)
-    return steps if size is None else -(-steps // max(1, len(regions(canvas.editable, size))))
+    if size is None:
+        return steps
+    largest = max((int(r.sum(1).max()) for r in regions(canvas.editable, size)), default=1)
+    return -(-steps * largest // max(1, int(canvas.editable.sum(1).max())))
 
 
-def _run(
+def caching_from_name(name: str, denoiser: Denoiser, layout: Layout) -> Caching | None:
+    """What forwards keep: the block layout its exact cache, "prefix" and "dual" an approximate one, "none" nothing.
+
+    ValueError for another name, a layout that has an exact cache, or a denoiser that keeps no keys and values.
+    """
+    kinds: dict[str, Callable[[Any], Caching]] = {"prefix": PrefixCache, "dual": DualCache}
+    if name != "none" and name not in kinds:
+        raise ValueError(f"unknown cache {name!r}: use none, prefix or dual")
+    if not isinstance(denoiser, HFDenoiser):
+        if name != "none":
+            raise ValueError("this denoiser keeps no keys and values; decode with cache none")
+        return None
+    if name == "none":
+        return BlockCache(denoiser.new_cache()) if isinstance(layout, Block) else None
+    chosen = kinds[name](denoiser.new_cache())
+    chosen.check(layout)
+    return chosen
+
+
+def run(
     model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
-    end: EndOfText | None = None, block: int | None = None,
+    end: EndOfText | None = None, block: int | None = None, cache: Caching | None = None, banned: Banned | None = None,
 ) -> Tensor:  # fmt: skip
-    ids = _checked(canvas, model.config).ids
+    """Tokens of a filled canvas, (B, L); `steps` are those of the whole canvas."""
+    ids = checked(canvas, model.config).ids
     seeds = [seed * 1_000_003 + b for b in range(len(ids))]
-    cached = isinstance(model.layout, Block) and isinstance(model.denoiser, HFDenoiser)
     for step in denoise(
         model.denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, block, steps),
-        policy=_policy(policy), draw=draw, layout=model.layout,
-        cache=model.denoiser.new_cache() if cached else None,  # type: ignore[attr-defined]
-        seeds=seeds, end=end, block=block,
+        policy=_policy(policy), draw=draw, layout=model.layout, cache=cache, seeds=seeds, end=end, block=block,
+        banned=banned,
     ):  # fmt: skip
         ids = step.ids
         if watch is not None:
@@ -245,7 +196,8 @@ def _run(
     return ids
 
 
-def _checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
+def checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
+    """The canvas; ValueError when it is longer than the model was trained on."""
     length, limit = canvas.ids.shape[1], int(diffusion["trained_length"])
     if length > limit:
         raise ValueError(
@@ -255,7 +207,8 @@ def _checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
     return canvas
 
 
-def _given(model: Model, ids: list[int]) -> list[int]:
+def given_ids(model: Model, ids: list[int]) -> list[int]:
+    """The tokens of given text; ValueError when the mask token is one of them."""
     if model.process.mask_token_id in ids:
         raise ValueError(
             f"the text holds the mask token {model.tokenizer.mask_token!r} itself; remove it, or mark holes with <hole>"
