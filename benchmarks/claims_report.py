@@ -108,10 +108,11 @@ def budgets(results: list[Result]) -> list[int]:
 # -------------------------------------------------------------------------------------------------- extrapolation
 
 
-def fit_power(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+def fit_power(points: Sequence[tuple[float, float]], reached: float = math.inf) -> dict[str, Any] | None:
     """y = floor + b * tokens^-c, and what every acceptable floor would say at the published budgets.
 
-    The floor is profiled on a grid; for each, b and c by least squares of the logarithms. Acceptable: a sum of squares
+    The floor is profiled on a grid below the lowest value `reached` in the run; for each, b and c by least squares of
+    the logarithms. Acceptable: a sum of squares
     within the 95% likelihood-ratio region (chi-square with 1 degree of freedom, errors taken as independent). None
     with fewer than five points.
     """
@@ -119,7 +120,7 @@ def fit_power(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
         return None
     x, y = np.log([p[0] for p in points]), np.array([p[1] for p in points])
     tried = []
-    for floor in np.linspace(0.0, y.min() - 1e-3, 400):
+    for floor in np.linspace(0.0, min(y.min(), reached) - 1e-3, 400):
         slope, level = np.polyfit(x, np.log(y - floor), 1)
         misfit = float(((floor + np.exp(level + slope * x) - y) ** 2).sum())
         tried.append((misfit, float(floor), float(np.exp(level)), float(-slope)))
@@ -134,9 +135,10 @@ def fit_power(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
 
 
 def plateau(result: Result) -> list[tuple[float, float]]:
-    """The held-out points after warm-up and annealing and before the rate falls (wsd: the last fifth)."""
+    """The held-out points of the middle: the first three tenths hold warm-up, annealing and the first steep fall; in
+    the last fifth (wsd) the rate falls."""
     train = result["recipe"]["train"]
-    first = max(train["warmup"], train["annealing"]) * result["budget"]
+    first = max(train["warmup"], train["annealing"], 0.3) * result["budget"]
     last = (0.8 if train["decay"] == "wsd" else 1.0) * result["budget"]
     return [(t, y) for t, y in result["curve"] if first < t <= last]
 
@@ -149,7 +151,7 @@ def extrapolations(results: list[Result]) -> str:
     for r in results:
         # From scratch such budgets end on the plateau of token frequencies: a power law through it would be certain and
         # wrong.
-        found = None if r["arm"] == "scratch" else fit_power(plateau(r))
+        found = None if r["arm"] == "scratch" else fit_power(plateau(r), min(y for _, y in r["curve"]))
         if found is None:
             continue
         low, high = found["floors"]
