@@ -38,7 +38,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[lora,plot,track,test,lint]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[lora,plot,eval,track,test,lint]'
 	touch $@
 
 clean:

@@ -234,6 +234,10 @@ def test_generate(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
     draws = {run("generate", checkpoint, "A", *flags, "--temperature", "1", "--seed", str(s))[1] for s in (1, 1, 2)}
     assert len(draws) == 2, "one seed, one text"
     assert run("generate", checkpoint, "", *flags)[0] == 0, "from nothing but the start token"
+    for kind in ("prefix", "dual"):
+        assert run("generate", checkpoint, "The quick", *flags, "--cache", kind)[:2] == (0, out), "one block: exact"
+        code, blocks, _ = run("generate", checkpoint, "The quick", *flags, "--cache", kind, "--block", "2")
+        assert code == 0 and blocks.startswith("The quick")
 
 
 def test_infill(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +249,15 @@ def test_infill(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stdin", io.StringIO("a <hole> b <hole:2> c"))
     code, text, _ = run("infill", checkpoint, "-", *FAST, "--length", "3", "--json")
     assert code == 0 and len(json.loads(text)["fills"]) == 2
+    flags = ("--length", "auto", "--max-length", "5", "--must", "sum", "--must-not", "dog", "fox", "--json", *FAST)
+    code, text, _ = run("infill", checkpoint, "def add(a, b):<hole> + b", *flags)
+    found = json.loads(text)
+    assert code == 0 and "sum" in found["fills"][0] and len(found["lengths"]) == 1
+    assert 1 <= found["lengths"][0] <= 5 and found["forwards"] > found["lengths"][0]
+    refused(
+        run("infill", checkpoint, "a <hole> b", "--must", "a dog", "--must-not", "dog", *FAST), "'a dog' has to occ"
+    )
+    refused(run("infill", checkpoint, "a <hole> b", "--must", "dog " * 30, *FAST), "do not fit into the holes")
 
 
 @pytest.mark.parametrize("verb", ["generate", "infill"])

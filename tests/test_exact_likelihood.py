@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffulm.eval.likelihood import plan_masks
+from diffulm.eval.masks import plan_masks
 from diffulm.layout import NoisedBatch
 from diffulm.objective import diffusion_loss
 from diffulm.process import MaskedDiffusion, stratified_levels

@@ -254,6 +254,86 @@ def train(
     )
 
 
+def evaluate(
+    model: Reference,
+    /,
+    *,
+    tasks: tuple[str, ...],
+    parent: str | None = None,
+    data_dir: Path | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+    draws: int | None = None,
+    confidence: float | None = None,
+    seed: int = 0,
+    fewshot: int = 0,
+    chat_template: bool = False,
+    adapter: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    offline: bool = False,
+    json: bool = False,
+) -> None:
+    """Score tasks and texts by likelihood, with the AR parent beside the model.
+
+    Example: diffulm eval runs/demo/model --tasks piqa,hellaswag,wikitext2 --data-dir data --parent gpt2 --out runs/eval
+
+    Args:
+        model: Diffusion checkpoint: a folder or Hub id.
+        tasks: Tasks, texts (wikitext2, or any txt or jsonl file), or all; commas or spaces between them.
+        parent: AR model to put beside it, through identical prompts (folder, GGUF file, embedded default or Hub id).
+        data_dir: Folder with the tasks' local files (default: take them from the Hub).
+        out: Folder of results and report; the same command again goes on where it was.
+        limit: Documents of each task at most (of each subject of MMLU).
+        draws: Masks per option (default 128) and per window of a text (default 8).
+        confidence: Draw only until the best option is clear at this confidence, such as 0.99 (for accuracies).
+        seed: Seed of the masks.
+        fewshot: Exemplars in each prompt.
+        chat_template: Write the prompts in the tokenizer's chat template.
+        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
+        device: cpu, cuda or mps.
+        dtype: auto, float32, bfloat16, float64 or autocast; the parent gets the same.
+        offline: Never ask the Hub.
+        json: Print the report as JSON on stdout.
+    """
+    from .eval.evaluate import Plan
+
+    plan = Plan(
+        tasks, data_dir, limit=limit, draws=draws, seed=seed, fewshot=fewshot, chat=chat_template, confidence=confidence
+    )
+    run_evaluate(
+        model, plan, parent=parent, out=out, adapter=adapter, device=device, dtype=dtype, offline=offline, as_json=json
+    )
+
+
+def run_evaluate(model: str, plan: Any, *, out: Path | None, offline: bool, as_json: bool, **settings: Any) -> None:
+    """`eval` with progress on stderr and tables at the end."""
+    from rich.console import Console
+
+    from .eval.evaluate import evaluate as job
+    from .eval.scoreboard import summary
+    from .render import progress_line
+
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+
+    def on_progress(label: str, done: int, of: int, left: float) -> None:
+        line = f"  {label}: " + progress_line(step=done, steps=of, left=left).removeprefix("step ")
+        if notes.is_terminal:
+            notes.print(line, end="\n" if done == of else "\r", markup=False, soft_wrap=True)
+        elif done == of or done == 0:
+            notes.print(line, markup=False, soft_wrap=True)
+
+    command = "diffulm " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    report = job(model, plan, out=out, offline=offline, command=command, on_progress=on_progress, **settings)
+    if as_json:
+        print_json(report)
+        return
+    for table in summary(report):
+        console.print(table)
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+
+
 def generate(
     model: Reference,
     prompt: PromptText,
@@ -267,6 +347,8 @@ def generate(
     top_p: float | None = None,
     stop: tuple[str, ...] = (),
     seed: int = 0,
+    block: int | None = None,
+    cache: Literal["none", "prefix", "dual"] = "none",
     watch: bool = False,
     adapter: str | None = None,
     device: str | None = None,
@@ -290,6 +372,8 @@ def generate(
         top_p: Draw among the most probable tokens that hold this much probability.
         stop: Strings before which the text ends.
         seed: Seed of all draws.
+        block: Tokens filled together, block after block (default: the checkpoint's own; with a cache, 32).
+        cache: prefix or dual keep what stands outside the block, approximately (full attention); none: exact.
         watch: Show the denoising (on stderr).
         adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
         device: cpu, cuda or mps.
@@ -305,7 +389,7 @@ def generate(
     with Watching(loaded, watch) as view:
         text = job(
             loaded, prompt, max_tokens=max_tokens, steps=steps, policy=policy, temperature=temperature, top_k=top_k,
-            top_p=top_p, stop=stop, seed=seed, watch=view,
+            top_p=top_p, stop=stop, seed=seed, block=block, cache=cache, watch=view,
         )  # fmt: skip
     assert isinstance(text, str)
     if json:
@@ -319,7 +403,10 @@ def infill(
     text: PromptText,
     /,
     *,
-    length: int = 8,
+    length: int | Literal["auto"] = 8,
+    max_length: int = 16,
+    must: tuple[str, ...] = (),
+    must_not: tuple[str, ...] = (),
     steps: int | None = None,
     policy: PolicyName = "confidence",
     temperature: float = 0.0,
@@ -333,14 +420,17 @@ def infill(
     offline: bool = False,
     json: bool = False,
 ) -> None:
-    """Fill the holes of a text: each <hole> takes --length tokens, each <hole:N> takes N.
+    """Fill the holes of a text: each <hole> takes --length tokens, <hole:N> takes N, <hole:auto> as many as fit best.
 
     Example: diffulm infill runs/demo/model "def add(a, b):<hole:6> + b" --watch
 
     Args:
         model: Diffusion checkpoint: a folder or Hub id.
         text: Text with holes ("-": read it from standard input).
-        length: Tokens of a hole that names no number.
+        length: Tokens of a hole that names no number; auto searches 1 to --max-length for the likeliest fill.
+        max_length: Most tokens of a hole whose length is searched.
+        must: Words that have to occur in a fill; they are put where the model finds them likeliest.
+        must_not: Words that no fill may hold.
         steps: Forward passes at most (default: one per token).
         policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:leftmost,
             factor:F, entropy-bound:GAMMA, remask:ETA or remask:ETA:rescale (numbers may be left out).
@@ -362,10 +452,16 @@ def infill(
     text = sys.stdin.read() if text == "-" else text
     with Watching(loaded, watch) as view:
         filled = job(
-            loaded, text, length=length, steps=steps, policy=policy, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed, watch=view,
+            loaded, text, length=length, max_length=max_length, must=must, must_not=must_not, steps=steps,
+            policy=policy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, watch=view,
         )  # fmt: skip
-    print_json({"text": str(filled), "fills": list(filled.fills)}) if json else print(filled)
+    if json:
+        print_json({
+            "text": str(filled), "fills": list(filled.fills), "lengths": list(filled.lengths),
+            "forwards": filled.forwards,
+        })  # fmt: skip
+    else:
+        print(filled)
 
 
 def export(
@@ -425,10 +521,13 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "prepare": prepare,
     "train": train,
+    "eval": evaluate,
     "generate": generate,
     "infill": infill,
     "export": export,
 }
+#: Verbs that go on where they were interrupted; eval does where it was given a folder.
+RESUMING = ("adapt", "train", "prepare")
 
 
 def print_json(value: Any) -> None:
@@ -482,7 +581,7 @@ def main(arguments: list[str] | None = None) -> int:
         exec("")
         print(
             f"\ndiffulm {verb}: interrupted"
-            + ("; the same command resumes" if verb in ("adapt", "train", "prepare") else ""),
+            + ("; the same command resumes" if verb in RESUMING or {"eval", "--out"} <= {*arguments} else ""),
             file=sys.stderr,
         )
         return 130

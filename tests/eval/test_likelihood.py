@@ -344,8 +344,11 @@ def test_errors_of_score(model: Model) -> None:
     # The mask token spelt out is ordinary text, as in prepared data.
     assert diffulm.score(model, "The dog", " <|mask|>", draws=3).tokens > 3
     blocks = replace(model, config={**model.config, "layout": "block", "block_size": 4, "source": "own"})
-    with pytest.raises(ValueError, match="full layout; this checkpoint is block"):
-        diffulm.score(blocks, "a", "b")
+    # A block of one token is exact: one forward, each token after clean ones.
+    one = replace(model, config={**model.config, "layout": "block", "block_size": 1, "source": "own"})
+    several = diffulm.score(blocks, "The quick", " brown fox", draws=64)
+    alone = diffulm.score(one, "The quick", " brown fox", draws=64)
+    assert alone.forwards == 1 and alone.stderr == 0 and several.tokens == alone.tokens > several.forwards // 15
 
 
 def test_a_space_at_the_end_of_the_context_leaves_nothing_unscored(model: Model) -> None:

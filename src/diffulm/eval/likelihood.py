@@ -2,12 +2,11 @@
 
 A document is cut into windows of trained_length - 1 tokens, each behind a start token, context reset at each. The
 bound is estimated in the count form with quantiles stratified over a window's draws and every mask paired with its
-complement; short continuations are enumerated. Standard errors are clustered by document.
+complement. Standard errors are clustered by document.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ..hub import Model
-from ..layout import Block, Causal, Denoiser, Full, Layout, NoisedBatch, Rows
+from ..layout import Block, Causal, Denoiser, Layout, NoisedBatch, Rows
 from ..objective import LEVEL_BINS, diffusion_loss
 from ..process import MaskedDiffusion
 from ..runtime import generator, uniforms
 from ..tokenizer import SpecialTokens, encode, special_tokens
+from .estimate import Request, Scorer
 
 
 @dataclass(frozen=True)
@@ -264,44 +264,15 @@ def nelbo(model: Model, texts: Sequence[str], *, draws: int = 8, seed: int = 0, 
     )
 
 
-def plan_masks(n: int, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Masks over n tokens, bool (M, n), and weights (M,): sum of weight * cross-entropy of masked tokens is unbiased.
-
-    All 2^n - 1 masks when that is no more than `draws` (then exact). Else complementary pairs with the count
-    stratified on 1..n-1 and total weight (n-1)/n, plus the one full mask with weight 1/n.
-    """
-    if n < 1:
-        raise ValueError("there is nothing to score: the continuation has no tokens")
-    if n < 30 and 2**n - 1 <= draws:
-        masks = np.array([m for m in itertools.product([False, True], repeat=n) if any(m)])
-        counts = masks.sum(1)
-        return masks, np.array([1 / (c * math.comb(n, int(c))) for c in counts])
-    pairs = max(1, (draws - 1) // 2)
-    masks = np.zeros((1 + 2 * pairs, n), dtype=bool)
-    weights = np.zeros(1 + 2 * pairs)
-    masks[0], weights[0] = True, 1 / n
-    offset = rng.random()
-    for k in range(pairs):
-        count = min(n - 1, 1 + int((k + offset) / pairs * (n - 1)))
-        chosen = rng.permutation(n) < count
-        for row, mask in ((1 + 2 * k, chosen), (2 + 2 * k, ~chosen)):
-            masks[row] = mask
-            weights[row] = (n - 1) / (mask.sum() * 2 * pairs)
-    return masks, weights
-
-
 def score(
     model: Model, context: str, continuation: str, *, draws: int = 128, seed: int = 0, batch: int = 16
 ) -> Estimate:
-    """Bound of -log p(continuation | context); only continuation tokens are masked. The full layout.
+    """Bound of -log p(continuation | context); only continuation tokens are masked. Several at once: eval.estimate.
 
-    Exact over masks when 2^n - 1 <= draws for n tokens. bits_per_byte counts the continuation's bytes. ValueError
-    for an empty continuation or one that does not fit the trained length.
+    Exact over masks when 2^n - 1 <= draws for n tokens (of a block, in a block layout). The same seed gives all
+    continuations the same noise. bits_per_byte counts the continuation's bytes. ValueError for an empty continuation or
+    one that does not fit the trained length.
     """
-    if not isinstance(model.layout, Full):
-        raise ValueError(f"score needs the full layout; this checkpoint is {model.layout.name}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, not {draws}")
     special = special_tokens(model.tokenizer)
     joined = encode(model.tokenizer, context + continuation, plain=True)
     if special.mask in joined:
@@ -309,8 +280,7 @@ def score(
     alone = encode(model.tokenizer, context, plain=True)
     # Tokens may straddle the edge ("fox " + "jumps" is "fox", " jumps"): what differs belongs to the continuation.
     shared = next((i for i, (a, b) in enumerate(zip(joined, alone)) if a != b), min(len(joined), len(alone)))
-    n = len(joined) - shared
-    if n < 1:
+    if len(joined) == shared:
         raise ValueError(
             "the continuation has no tokens of its own; give at least one character that is not joined to the context"
         )
@@ -320,37 +290,14 @@ def score(
             f"context and continuation have {len(joined)} tokens, the model was trained on {limit - 1}; "
             "shorten the context"
         )
-    rng = generator(seed, purpose="eval")
-    masks, weights = plan_masks(n, draws, rng)
-    x0_L = torch.tensor([special.bos, *joined])
-    total, estimates = 0.0, []
-    for at in range(0, len(masks), batch):
-        part = torch.from_numpy(masks[at : at + batch])
-        noised_BL = torch.zeros(len(part), len(x0_L), dtype=torch.bool)
-        noised_BL[:, -n:] = part
-        x0_BL = x0_L.repeat(len(part), 1)
-        weight_BL = noised_BL * torch.from_numpy(weights[at : at + batch])[:, None]
-        zeros = torch.zeros_like(x0_BL)
-        ids_BL = x0_BL.masked_fill(noised_BL, model.process.mask_token_id)
-        rows = model.layout.training_rows(
-            NoisedBatch(x0_BL, ids_BL, noised_BL, noised_BL, weight_BL, zeros, torch.ones_like(noised_BL), zeros)
-        )
-        with torch.no_grad():
-            nll = model.denoiser.nll(rows.to(model.device)).cpu().double() * rows.weight
-        owner = rows.source // rows.ids.shape[1]
-        sums = torch.zeros(len(part), dtype=torch.float64).index_add_(0, owner, nll)
-        total += float(sums.sum())
-        estimates += sums.tolist()
-    size = len(continuation.encode())
-    exact = len(masks) == 2**n - 1 if n < 30 else False
-    spread = 0.0 if exact else _pair_stderr(np.array(estimates[1:]))
-    return Estimate(
-        total, n, total / n, total / math.log(2) / size, spread / math.log(2) / size, len(masks), seed,
-        bytes=size, draws=draws, stderr_nats_per_token=spread / n,
+    scorer = Scorer(
+        model.denoiser, model.layout, model.process, special, limit, draws=draws, seed=seed,
+        budget=batch * (len(joined) + 1), device=model.device,
     )  # fmt: skip
-
-
-def _pair_stderr(parts: np.ndarray) -> float:
-    """Standard error of a sum over complementary pairs, the pairs taken as independent (stratification only helps)."""
-    pairs = parts.reshape(-1, 2).sum(1)
-    return float(pairs.std(ddof=1) * math.sqrt(len(pairs))) if len(pairs) > 1 else math.nan
+    request = Request((special.bos, *joined[:shared]), tuple(joined[shared:]))
+    ((got,),) = scorer.scores([("", [request])])
+    size, n = len(continuation.encode()), got.tokens
+    return Estimate(
+        got.nats, n, got.nats / n, got.nats / math.log(2) / size, got.stderr / math.log(2) / size, got.forwards, seed,
+        bytes=size, draws=draws, stderr_nats_per_token=got.stderr / n,
+    )  # fmt: skip

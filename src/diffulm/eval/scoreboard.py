@@ -1,0 +1,168 @@
+"""The report of `diffulm eval`: one dictionary as a terminal table, report.json, report.md and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as Terminal
+from rich.text import Text
+
+from ..runtime import write_atomic
+from .page import Block, Prose, Table, drawn, markdown, page
+
+TASK_HEADER = (
+    "Task",
+    "Metric",
+    "Documents",
+    "Model",
+    "Parent",
+    "Model - parent",
+    "p (McNemar)",
+    "Undecided",
+    "Published",
+)
+TEXT_HEADER = ("Text", "Documents", "Model, bits/byte", "Parent, bits/byte", "Model - parent", "Word perplexity")
+
+
+def write(report: Mapping[str, Any], out: Path) -> None:
+    """report.json, report.md and report.html in a folder, each whole or not at all."""
+    write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    title, parts = f"diffulm eval: {report['model']['name']}", drawn(blocks(report))
+    write_atomic(out / "report.md", markdown(title, parts))
+    write_atomic(out / "report.html", page(title, parts))
+
+
+def summary(report: Mapping[str, Any]) -> list[Terminal]:
+    """Tables for the terminal."""
+    tables = []
+    # A terminal is 80 columns wide: intervals, undecided documents and published numbers stand in the report.
+    short = [(*row[:5], row[5].partition(" [")[0], row[6]) for row in task_rows(report)]
+    for header, rows in ((TASK_HEADER[:7], short), (TEXT_HEADER, text_rows(report))):
+        if rows:
+            table = Terminal(*header, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row))
+            tables.append(table)
+    return tables
+
+
+def percent(figure: Mapping[str, Any] | None) -> str:
+    """An accuracy with its standard error, in per cent."""
+    if figure is None:
+        return "-"
+    error = figure.get("stderr")
+    return f"{100 * figure['value']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def task_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each metric of each task."""
+    rows: list[tuple[str, ...]] = []
+    for task in report["tasks"]:
+        for metric, figure in task["figures"].items():
+            paired, given = figure.get("paired"), task["published"]
+            if metric == "perplexity":
+                sides = [f"{figure[side]['value']:.4g}" if side in figure else "-" for side in ("model", "parent")]
+                rows.append((task["task"], "perplexity", f"{task['documents']:,}", *sides, "-", "-", "-", "-"))
+                continue
+            gap = "-" if paired is None else f"{100 * paired['difference']:+.1f} [{_interval(paired)}]"
+            known = [f"{given[side]:.1f}" if given.get(side) is not None else "-" for side in ("model", "parent")]
+            shown = metric == task["metric"] and known != ["-", "-"]
+            rows.append(
+                (
+                    task["task"], metric, f"{task['documents']:,}", percent(figure["model"]),
+                    percent(figure.get("parent")), gap, "-" if paired is None else f"{paired['p']:.2g}",
+                    f"{task['undecided'] / task['documents']:.1%}", " / ".join(known) if shown else "-",
+                )
+            )  # fmt: skip
+    return rows
+
+
+def _interval(paired: Mapping[str, Any]) -> str:
+    return f"{100 * paired['low']:+.1f}, {100 * paired['high']:+.1f}"
+
+
+def _bits(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure['bits_per_byte']:.4f}" + (f" ± {figure['stderr']:.4f}" if figure["stderr"] is not None else "")
+
+
+def text_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each text."""
+    rows: list[tuple[str, ...]] = []
+    for text in report["texts"]:
+        paired = text.get("paired")
+        error = "" if paired is None or paired["stderr"] is None else f" ± {paired['stderr']:.4f}"
+        gap = "-" if paired is None else f"{paired['difference']:+.4f}{error}"
+        words = [f"{text[side]['word_perplexity']:.4g}" for side in ("model", "parent") if side in text]
+        row = (text["text"], f"{text['documents']:,}", _bits(text["model"]), _bits(text.get("parent")), gap)
+        rows.append((*row, " / ".join(words)))
+    return rows
+
+
+def blocks(report: Mapping[str, Any]) -> list[Block]:
+    """The report as headings, sentences and tables."""
+    settings, parent = report["settings"], report["parent"]
+    beside = f" beside its parent {parent['name']}, through identical prompts" if parent else ""
+    found: list[Block] = [Prose(f"{report['model']['name']}{beside}.")]
+    if report["tasks"]:
+        found += [Prose("Tasks", "heading"), Table(TASK_HEADER, task_rows(report)), Prose(_how(report))]
+        remarks = [f"{t['task']}: {t['remark']}." for t in report["tasks"] if t["remark"] and settings["data"] != "Hub"]
+        remarks += [
+            f"{t['task']}: {t['truncated']:,} of {t['options']:,} options had their context cut at the front to "
+            f"fit {settings['length'] - 1} tokens."
+            for t in report["tasks"]
+            if t["truncated"]
+        ]
+        found += [Prose(" ".join(remarks))] if remarks else []
+        cost = [
+            (
+                t["task"], f"{t['options']:,}", f"{t['forwards']:,}", f"{t['forwards'] / t['options']:.1f}",
+                f"{t['seconds']:,}",
+            )
+            for t in report["tasks"]
+        ]  # fmt: skip
+        found += [Prose("Cost", "heading"), Table(("Task", "Options", "Sequences", "Per option", "Seconds"), cost)]
+    if report["texts"]:
+        found += [Prose("Texts", "heading"), Table(TEXT_HEADER, text_rows(report)), Prose(_windows(report))]
+    facts = [("Machine", report["machine"]), ("Precision", settings["dtype"]), *report["versions"].items()]
+    found += [Prose("Run", "heading"), Table(("", ""), [(str(a), str(b)) for a, b in facts])]
+    return [*found, Prose(report["command"], "code")] if report["command"] else found
+
+
+def _how(report: Mapping[str, Any]) -> str:
+    s = report["settings"]
+    said = [
+        f"Accuracy in per cent ± one standard error over documents, {s['fewshot']} shots, prompts of lm-eval"
+        + (" in the chat template" if s["chat_template"] else "")
+        + f"; documents from {'the Hub' if s['data'] == 'Hub' else 'local files'}"
+        + (f", the first {s['limit']:,} of each task" if s["limit"] else "")
+        + ". acc_norm divides the log-likelihood by characters.",
+        f"Diffusion scores are bounds in the count form, at most {s['draws']} masks an option, seed {s['seed']}"
+        + (f", stopped where the order was clear at {s['confidence']:.0%}" if s["confidence"] else "")
+        + "; undecided: documents whose two best options lie within two standard errors of the masks.",
+    ]
+    if report["parent"]:
+        said.append(
+            "Model - parent: paired over the same documents, with the 95 % interval of a bootstrap over documents; p: "
+            "exact McNemar test, without correction for the number of tasks. The parent's likelihoods are exact."
+        )
+    if any(v is not None for t in report["tasks"] for v in t["published"].values()):
+        said.append(
+            "Published: arXiv 2410.17891, model / parent; other prompts, estimator and splits, so no test "
+            "compares them."
+        )
+    return " ".join(said)
+
+
+def _windows(report: Mapping[str, Any]) -> str:
+    s = report["settings"]
+    return (
+        f"Each document is cut into windows of {s['length'] - 1} tokens behind a start token; nothing is seen across "
+        f"windows or documents (no sliding). {s['window_draws']} masks a window; ± one standard error, clustered by "
+        "document. The model's figures are upper bounds (NELBO), the parent's are exact. Word perplexity: per "
+        "white-space word, each line end counted as one."
+    )
