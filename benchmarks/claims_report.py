@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from countdown import wilson
 from diffulm.eval.likelihood import ratio_stderr
 from diffulm.runtime import write_atomic
 
@@ -177,11 +178,10 @@ def countdown_table(results: list[Result]) -> str:
     order = sorted(groups.items(), key=lambda g: (g[0][:3], -np.mean([r["accuracy"] for r in g[1]])))
     for (numbers, largest, steps, arm), runs in order:
         mean, error = over_seeds([r["accuracy"] for r in runs])
-        if len(runs) > 1:
+        low, high = wilson(sum(r["hits"] for r in runs), sum(r["test"] for r in runs))
+        if len(runs) > 2:  # the wider of what puzzles and what seeds leave open
             half = T975[len(runs) - 2] * error
-            low, high = max(0.0, mean - half), min(1.0, mean + half)
-        else:
-            low, high = runs[0]["interval"]
+            low, high = max(0.0, min(low, mean - half)), min(1.0, max(high, mean + half))
         loss = over_seeds([r["nats_per_token"] for r in runs])[0]
         size = f"{numbers} numbers to {largest}, {steps * runs[0]['train']['batch']:,} seen"
         lines.append(
