@@ -356,37 +356,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.study == "report":
         claims_report.write(RESULTS)
-    if arguments.study == "countdown":
-        base = on_books(load_recipe(RECIPES / "claims-tiny.toml"))
+        return
+    puzzles, tiny = arguments.study == "countdown", arguments.study == "tiny"
+    known = list(COUNTDOWN if puzzles else ARMS)
+    default = known if puzzles or tiny else ["full", "scratch", "no-shift", "no-annealing"]
+    arms = arguments.arms.split(",") if arguments.arms else default
+    if unknown := set(arms) - set(known):
+        parser.error(f"unknown arms {sorted(unknown)}; known: {', '.join(known)}")
+    seeds = list(range(arguments.seeds or (1 if arguments.study == "smollm2" else 3)))
+    base = load_recipe(RECIPES / f"claims-{'tiny' if puzzles else arguments.study}.toml")
+    if puzzles or tiny:
+        base = on_books(base)
         make_parent(base, arguments.runs)
-        arms = arguments.arms.split(",") if arguments.arms else list(COUNTDOWN)
-        countdown_study(
-            arms,
-            list(range(arguments.seeds or 3)),
-            arguments.steps,
-            arguments.numbers,
-            arguments.largest,
-            arguments.runs,
-        )
-    if arguments.study in ("smollm2", "tiny"):
-        base = load_recipe(RECIPES / f"claims-{arguments.study}.toml")
-        tiny = arguments.study == "tiny"
-        default = list(ARMS) if tiny else ["full", "scratch", "no-shift", "no-annealing"]
-        arms = arguments.arms.split(",") if arguments.arms else default
-        if tiny:
-            base = on_books(base)
-            make_parent(base, arguments.runs)
-        unknown = set(arms) - set(ARMS)
-        if unknown:
-            parser.error(f"unknown arms {sorted(unknown)}; known: {', '.join(ARMS)}")
-        study(
-            arguments.study,
-            base,
-            arms,
-            list(range(arguments.seeds or (3 if tiny else 1))),
-            arguments.tokens,
-            arguments.runs,
-        )
+    if puzzles:
+        countdown_study(arms, seeds, arguments.steps, arguments.numbers, arguments.largest, arguments.runs)
+    else:
+        study(arguments.study, base, arms, seeds, arguments.tokens, arguments.runs)
 
 
 if __name__ == "__main__":
