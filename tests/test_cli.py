@@ -326,7 +326,7 @@ def test_train_and_adapt(run: Run, parent: Path, tmp_path: Path) -> None:
 def test_several_texts_train_in_proportion_to_their_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One body of text, not one equal share for each path."""
     seen: list[Any] = []
-    monkeypatch.setattr("diffulm.cli.run_adapt", lambda recipe, out, **_: seen.append(recipe))
+    monkeypatch.setattr("diffulm.cli.training.run_adapt", lambda recipe, out, **_: seen.append(recipe))
     assert cli.main(["adapt", "m", "--text", "big.txt", "small.jsonl", "--steps", "1", "--out", str(tmp_path)]) == 0
     (source,) = seen[0].data.sources
     assert (source.path, source.more, source.weight) == ("big.txt", ("small.jsonl",), None)

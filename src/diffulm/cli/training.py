@@ -1,0 +1,249 @@
+"""Verbs that make checkpoints: adapt, convert, prepare, train, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from ..train.config import Recipe, SourceConfig
+from .flags import OutFolder, RecipeName, Reference, Texts, find_recipe, print_json
+
+
+def adapt(
+    model: Reference = "",
+    /,
+    *,
+    out: Path,
+    recipe: str = "smollm2-cpu",
+    minutes: float | None = None,
+    tokens: int | None = None,
+    steps: int | None = None,
+    text: tuple[str, ...] = (),
+    text_field: str = "text",
+    strict: bool = False,
+    control: bool = True,
+    seed: int | None = None,
+    device: str | None = None,
+    offline: bool = False,
+    json: bool = False,
+) -> None:
+    """Make a diffusion model of an AR model: convert, train, measure, report (the main job).
+
+    Example: diffulm adapt smollm2-135m-instruct-q4 --minutes 5 --out runs/demo
+
+    The same command again resumes, or says that it is done.
+
+    Args:
+        model: Embedded default's name, folder, GGUF file or Hub id (default: the recipe's).
+        out: Folder of the run.
+        recipe: Recipe file, or the name of a shipped one.
+        minutes: Training budget of each arm, in minutes on this machine.
+        tokens: The budget in tokens instead.
+        steps: The budget in optimizer steps instead.
+        text: Text to train on instead of the recipe's: txt, jsonl, parquet, folder or Hub data set; several allowed.
+        text_field: Field that holds the text.
+        strict: Refuse invalid UTF-8 instead of replacing and counting it.
+        control: Also train the parent on the same text for the same budget.
+        seed: Seed of order and noise.
+        device: cpu, cuda or mps (default: the best there is).
+        offline: Never ask the Hub or the package index.
+        json: Print the report as JSON on stdout.
+    """
+    chosen = find_recipe(recipe)
+    if model:
+        chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, parent=model))
+    budgets: dict[str, Any] = {"minutes": minutes, "tokens": tokens, "steps": steps}
+    if any(v is not None for v in budgets.values()):
+        chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, **budgets))
+    elif all(getattr(chosen.train, name) is None for name in budgets):
+        raise ValueError("there is no budget; give --minutes, --tokens or --steps")
+    if seed is not None:
+        chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, seed=seed))
+    if text:
+        sources = (SourceConfig("text", text[0], text_field=text_field, more=tuple(text[1:])),)
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, sources=sources))
+    if strict:
+        chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, strict=True))
+    run_adapt(chosen, out, control=control, device=device, offline=offline, as_json=json)
+
+
+def run_adapt(recipe: Recipe, out: Path, *, control: bool, device: str | None, offline: bool, as_json: bool) -> None:
+    """`adapt` with live progress and a table at the end."""
+    from rich.console import Console
+
+    from ..adapt import adapt as job
+    from ..eval.report import summary
+    from ..render import progress_line
+
+    console = Console(stderr=as_json, highlight=False)
+    last: dict[str, int] = {}
+
+    def on_step(arm: str, p: Any) -> None:
+        line = "  " + progress_line(
+            step=p.step, steps=p.steps, tokens=p.tokens, tokens_per_second=p.tokens_per_second, loss=p.loss, left=p.left
+        ) + (f"  held-out {p.heldout:.3f}" if p.heldout is not None else "")  # fmt: skip
+        if console.is_terminal:
+            console.print(line, end="\n" if p.heldout is not None or p.step == p.steps else "\r")
+        elif p.heldout is not None or p.step == p.steps or p.step - last.get(arm, -99) >= 10:
+            console.print(line)
+            last[arm] = p.step
+
+    command = "diffulm " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    report = job(
+        recipe, out, command=command, control=control, offline=offline, device=device,
+        say=lambda s: console.print(s, markup=False, soft_wrap=True), on_step=on_step,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(report))
+    else:
+        console.print(summary(report))
+        console.print(f"report: {out / 'report.html'}   model: {out / 'model'}", markup=False)
+
+
+def convert(
+    model: Reference,
+    out: OutFolder,
+    /,
+    *,
+    mask_token: str | None = None,
+    source: Literal["previous", "own", "launch"] = "previous",
+    layout: Literal["full", "block"] = "full",
+    block_size: int | None = None,
+    length: int = 1024,
+    offline: bool = False,
+    json: bool = False,
+) -> None:
+    """Turn an AR checkpoint into a diffusion checkpoint, without training.
+
+    Example: diffulm convert smollm2-135m-instruct-q4 runs/init
+
+    Args:
+        model: Embedded default's name, folder, GGUF file or Hub id.
+        out: New folder for the checkpoint.
+        mask_token: Existing token to reuse as the mask (default: the tokenizer's own, else a new row).
+        source: Row that predicts a token: previous (the paper's shift), own, launch (block layout).
+        layout: full (the paper) or block.
+        block_size: Tokens per block (block layout).
+        length: Tokens of the windows it will be trained on.
+        offline: Never ask the Hub or the package index.
+        json: Print what was decided as JSON.
+    """
+    from ..convert import convert as job
+
+    done = job(
+        model, out, mask_token=mask_token, source=source, layout=layout, block_size=block_size, trained_length=length,
+        offline=offline,
+    )  # fmt: skip
+    if json:
+        print_json(dataclasses.asdict(done))
+    else:
+        print(f"{out}: mask {done.mask_token} = {done.mask_token_id} ({done.mask_row}), start {done.start_token}")
+        for change in done.attention:
+            print(f"  {change}")
+
+
+def prepare(
+    text: Texts,
+    /,
+    *,
+    out: Path,
+    tokenizer: str,
+    text_field: str = "text",
+    heldout: float = 0.05,
+    strict: bool = False,
+    workers: int = 1,
+    json: bool = False,
+) -> None:
+    """Turn text into token shards, with a held-out split by document.
+
+    Example: diffulm prepare book.txt notes.jsonl --tokenizer runs/init --out data
+
+    Args:
+        text: txt, jsonl, parquet, folder, Hub data set, builtin:topics or builtin:stdlib.
+        out: Folder for the shards.
+        tokenizer: Model whose tokenizer is used (folder, GGUF file, embedded default or Hub id).
+        text_field: Field that holds the text (jsonl, parquet, data sets).
+        heldout: Share of documents held out.
+        strict: Refuse invalid UTF-8 instead of replacing and counting it.
+        workers: Processes.
+        json: Print the statistics as JSON.
+    """
+    from .. import hub
+    from ..data.prepare import prepare as job
+    from ..data.sources import Source
+    from ..tokenizer import load_tokenizer
+
+    if not text:
+        raise ValueError("there is no text; give at least one file, folder or data set")
+    folder, gguf = hub.resolve(tokenizer)
+    loaded = load_tokenizer(folder, **({"gguf_file": gguf} if gguf else {}))
+    sources = [Source("text", text[0], text_field=text_field, more=tuple(text[1:]))]
+    report = job(sources, loaded, out, heldout_fraction=heldout, strict=strict, workers=workers)
+    if json:
+        print_json(report)
+        return
+    for name, found in report["sources"].items():
+        for split in ("train", "heldout"):
+            n = found[split]
+            print(f"{name}/{split}: {n['documents']:,} documents, {n['tokens']:,} tokens, {n['bytes']:,} bytes")
+        for what in ("invalid_utf8", "empty", "duplicates"):
+            if found[what]:
+                print(f"  {what.replace('_', ' ')}: {found[what]} documents")
+
+
+def train(
+    recipe: RecipeName,
+    /,
+    *,
+    out: Path,
+    minutes: float | None = None,
+    steps: int | None = None,
+    device: str | None = None,
+    offline: bool = False,
+    json: bool = False,
+) -> None:
+    """Run a recipe: convert, prepare, train the diffusion arm, score; no control arm. Resumes exactly.
+
+    Example: diffulm train recipes/smollm2-cpu.toml --minutes 5 --out runs/mine
+
+    Args:
+        recipe: Recipe file, or the name of a shipped one.
+        out: Folder of the run.
+        minutes: Budget in minutes instead of the recipe's.
+        steps: Budget in optimizer steps instead of the recipe's.
+        device: cpu, cuda or mps.
+        offline: Never ask the Hub or the package index.
+        json: Print the report as JSON on stdout.
+    """
+    adapt(
+        out=out, recipe=recipe, minutes=minutes, steps=steps, control=False, device=device, offline=offline, json=json
+    )
+
+
+def export(
+    model: Reference,
+    out: OutFolder,
+    /,
+    *,
+    format: Literal["hf", "released"] = "hf",
+    adapter: str | None = None,
+    offline: bool = False,
+) -> None:
+    """Write a checkpoint in another form: an ordinary Hugging Face folder, or the released format.
+
+    Example: diffulm export diffusionfamily/diffullama runs/gsm --adapter diffusionfamily/diffullama-gsm
+
+    Args:
+        model: Diffusion checkpoint: a folder or Hub id.
+        out: New folder.
+        format: hf (our own folder, which plain transformers opens) or released (that of DiffuGPT and DiffuLLaMA).
+        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
+        offline: Never ask the Hub.
+    """
+    from ..export import export as job
+
+    print(f"{out}: {job(model, out, form=format, adapter=adapter, offline=offline)}")
