@@ -16,7 +16,7 @@ from torch import Tensor
 import diffulm
 from diffulm.denoiser import HFDenoiser
 from diffulm.eval.estimate import Request, Scorer, batches
-from diffulm.eval.masks import paired_masks, plan_masks, spread, student
+from diffulm.eval.masks import FEWER, Tally, every_mask, paired_masks, plan_masks, spread, student
 from diffulm.hub import Model, load_parent
 from diffulm.layout import Block, Causal, Full, Rows
 from diffulm.tokenizer import SpecialTokens, special_tokens
@@ -291,3 +291,27 @@ def test_a_reused_mask_token_is_not_scored(model: Model) -> None:
     assert (got.tokens, got.skipped, got.forwards) == (2, 1, 3)
     with pytest.raises(ValueError, match="nothing but the mask token"):
         one.scores([("q", [Request((0, 30), (7,))])])
+
+
+def test_estimates_with_fewer_draws_come_from_the_masks_that_were_scored() -> None:
+    """Strided pairs of one run average to the run; looked-up plans average to the exact value."""
+    rng = np.random.default_rng(0)
+    n, pairs = 9, 32
+    cost = rng.random(2**n)
+
+    def nats(masks: np.ndarray) -> np.ndarray:
+        return cost[masks @ 2 ** np.arange(n - 1, -1, -1)] * masks.sum(1)
+
+    sampled, exact = Tally(n), Tally(n, enumerated=True)
+    masks, _ = plan_masks(n, 2 * pairs + 1, rng)
+    sampled.add(masks, nats(masks), first=True)
+    for draws in (17, 33):  # 8 pairs in 4 strides, 16 pairs in 2
+        found = sampled.fewer(draws)
+        assert found is not None and len(set(found)) == 2 * pairs // (draws - 1)
+        assert np.mean(found) == pytest.approx(sampled.nats)
+    assert sampled.fewer(2 * pairs + 3) is None
+    all_masks, _ = every_mask(n)
+    exact.add(all_masks, nats(all_masks), first=True)
+    assert exact.fewer(2**n) == [exact.known] * FEWER
+    found = [value for draws in range(65, 200, 2) for value in exact.fewer(draws) or []]
+    assert len(set(found)) > 100 and abs(np.mean(found) - exact.known) < 4 * np.std(found) / len(found) ** 0.5

@@ -110,7 +110,8 @@ class Scorer:
                 contenders(group, left, self.confidence) if left else left
                 for group, left in zip(options, alive, strict=True)
             ]
-        return [[option.score(self.seed) for option in group] for group in options]
+        draws = self.draws if self.confidence is None and self.process is not None else 0
+        return [[option.score(self.seed, draws) for option in group] for group in options]
 
     def option(self, request: Request) -> Option:
         """A request as a sequence that fits, with the positions that count; ValueError where there are none."""
@@ -153,7 +154,7 @@ class Scorer:
             key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
             masks = []
             for s, tally in enumerate(option.tallies):
-                rng = generator(self.seed, key, turn, s, purpose="eval")
+                rng = self._random(key, turn, s, tally.n)
                 if turn == 0:
                     tally.enumerated = enumerable(tally.n, self._total(0))
                     masks.append(plan_masks(tally.n, self._total(0), rng)[0])
@@ -162,6 +163,10 @@ class Scorer:
                 else:
                     masks.append(paired_masks(tally.n, self._pairs(turn), rng))
         return Round(option, masks, np.zeros((max(map(len, masks)), len(masks))))
+
+    def _random(self, key: int, turn: int, segment: int, n: int) -> np.random.Generator:
+        """Noise of a question's round; options of any number of tokens n get the same stream."""
+        return generator(self.seed, key, turn, segment, purpose="eval")
 
     def _settle(self, one: Round, *, first: bool) -> None:
         one.option.forwards += len(one.nats)

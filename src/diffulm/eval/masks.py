@@ -65,6 +65,10 @@ def spread(values: np.ndarray) -> float:
     return float((np.diff(values) ** 2).sum() / (2 * len(values) * (len(values) - 1)))
 
 
+#: Estimates with fewer draws that are kept of each option, to show accuracy against draws.
+FEWER = 4
+
+
 @dataclass
 class Tally:
     """What is known of one segment of n tokens: its exact value, or the full mask and pairs, round by round."""
@@ -73,11 +77,31 @@ class Tally:
     known: float = 0.0
     enumerated: bool = False
     rounds: list[np.ndarray] = field(default_factory=list)
+    every: np.ndarray | None = None  # nats of all masks, in the order of `every_mask`
+
+    def fewer(self, draws: int) -> list[float] | None:
+        """What up to FEWER estimates with `draws` masks would have said, from masks that were scored; None: unknown.
+
+        Of the first round's P pairs, every P/m-th are an estimate with m pairs. A segment whose masks were all scored
+        looks the masks of fresh plans up.
+        """
+        if enumerable(self.n, draws):
+            return [self.known] * FEWER if self.every is not None else None
+        pairs = max(1, (draws - 1) // 2)
+        if self.every is not None:
+            place = 2 ** np.arange(self.n - 1, -1, -1)
+            plans = [plan_masks(self.n, draws, np.random.default_rng((draws, r))) for r in range(FEWER)]
+            return [float(self.every[masks @ place - 1] @ weights) for masks, weights in plans]
+        if not self.rounds or len(self.rounds[0]) < pairs:
+            return None
+        stride = len(self.rounds[0]) // pairs
+        starts = range(0, stride, max(1, stride // FEWER))
+        return [self.known + float(self.rounds[0][r::stride].mean()) for r in starts][:FEWER]
 
     def add(self, masks: np.ndarray, nats: np.ndarray, *, first: bool) -> None:
         """Take in the summed cross-entropy of each mask, (M,) nats, of one round's masks (M, n)."""
         if self.enumerated:
-            self.known = float((nats * every_mask(self.n)[1]).sum())
+            self.known, self.every = float((nats * every_mask(self.n)[1]).sum()), nats
             return
         if first:
             self.known, masks, nats = float(nats[0]) / self.n, masks[1:], nats[1:]
@@ -102,7 +126,7 @@ class Score:
 
     stderr: of the masks drawn, in nats (0 when exact or enumerated, nan from a single pair); forwards: sequences that
     went through the model; truncated: tokens cut from the front of the context; skipped: tokens left out because they
-    are the reused mask token.
+    are the reused mask token; fewer: by number of draws, what a few estimates with that many would have been.
     """
 
     nats: float
@@ -112,6 +136,7 @@ class Score:
     seed: int
     truncated: int = 0
     skipped: int = 0
+    fewer: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -139,10 +164,18 @@ class Option:
         """Degrees of freedom of the standard error, of the segment that has fewest; infinite when enumerated."""
         return min((sum(max(1, len(x) - 1) for x in t.rounds) for t in self.tallies if t.rounds), default=math.inf)
 
-    def score(self, seed: int) -> Score:
+    def score(self, seed: int, draws: int = 0) -> Score:
         variance = sum(pooled_variance(t.rounds) for t in self.tallies)
         tokens = sum(map(len, self.places))
-        return Score(self.nats, math.sqrt(variance), tokens, self.forwards, seed, self.truncated, self.skipped)
+        fewer = {str(k): found for k in (4, 8, 16, 32, 64, 128) if k < draws and (found := self.fewer(k))}
+        return Score(self.nats, math.sqrt(variance), tokens, self.forwards, seed, self.truncated, self.skipped, fewer)
+
+    def fewer(self, draws: int) -> list[float]:
+        """Estimates of the whole with `draws` masks a segment, to 5 decimals; empty where they are not known."""
+        parts = [found for tally in self.tallies if (found := tally.fewer(draws))]
+        if len(parts) < len(self.tallies):
+            return []
+        return [round(sum(part[r % len(part)] for part in parts), 5) for r in range(FEWER)]
 
 
 def difference_variance(a: Option, b: Option, scale_a: float = 1.0, scale_b: float = 1.0) -> float:
