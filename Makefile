@@ -1,8 +1,10 @@
 # make demo: the main job on the embedded default.  make test: the fast tests.  make slow: the long ones.
 # TORCH_INDEX: where PyPI's torch would bring CUDA (Linux, several GB), take the CPU build from an index of yours:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   make demo RECIPE=smollm2-block                  another shipped recipe (recipes/)
 PYTHON ?= python3
 MINUTES ?= 5
+RECIPE ?= smollm2-cpu
 OUT ?= runs/demo
 TORCH_INDEX ?=
 VENV := .venv
@@ -13,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test slow lint install install-test clean
 
 demo: install
-	$(BIN)/diffulm adapt smollm2-135m-instruct-q4 --minutes $(MINUTES) --out $(OUT)
+	$(BIN)/diffulm adapt smollm2-135m-instruct-q4 --recipe $(RECIPE) --minutes $(MINUTES) --out $(OUT)
 
 test: install-test
 	$(BIN)/python -m pytest -q

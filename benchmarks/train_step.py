@@ -31,7 +31,7 @@ from diffulm.objective import diffusion_loss
 from diffulm.process import MaskedDiffusion, stratified_levels
 from diffulm.runtime import parse_precision
 from diffulm.train.config import TrainConfig
-from diffulm.train.optim import build_optimizer
+from diffulm.train.optim import build_optimizers
 from diffulm.train.parallel import parallelize
 from naive import HFTrainerBaseline, NaiveTrainer, naive_head
 
@@ -61,7 +61,7 @@ def ours(dtype: str, batch: int, length: int, *, compile: bool) -> Callable[[int
     """One step of diffulm's own pieces, put together as `train_step` does."""
     precision = parse_precision(dtype)
     denoiser = parallelize(HFDenoiser(build_model(), MASK, precision=precision), precision, compile=compile)
-    optimizer = build_optimizer(denoiser, TrainConfig(learning_rate=1e-5))
+    (optimizer,) = build_optimizers(denoiser, TrainConfig(learning_rate=1e-5))
     process, layout = MaskedDiffusion(MASK), Full()
     denoiser.train()
 

@@ -96,10 +96,15 @@ def test_the_report_has_every_number_of_the_contract(finished: Finished, recipe:
         assert f"{report['after']['bits_per_byte']:.3f}" in (out / name).read_text(encoding="utf-8")
 
 
-def test_training_helped_and_the_control_saw_the_same(finished: Finished) -> None:
-    out, report, _ = finished
-    assert report["after"]["bits_per_byte"] < report["before"]["bits_per_byte"] - 0.05
-    assert report["parent_continued"]["bits_per_byte"] < report["parent"]["bits_per_byte"] - 0.05
+def test_training_helped(parent: Path, text: Path, tmp_path: Path) -> None:
+    """Enough steps that the order of the text does not decide it."""
+    report = adapt(tiny_recipe(parent, text, annealing=0.5, steps=30), tmp_path / "run", say=lambda line: None)
+    assert report["after"]["bits_per_byte"] < report["before"]["bits_per_byte"] - 0.2
+    assert report["parent_continued"]["bits_per_byte"] < report["parent"]["bits_per_byte"] - 0.2
+
+
+def test_the_control_saw_the_same(finished: Finished) -> None:
+    out = finished[0]
     adapted, control = read_metrics(out / "adapted"), read_metrics(out / "continued")
     assert len(adapted) == len(control) == 6
     for a, b in zip(adapted, control, strict=True):

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffulm import cli, hub
+from diffulm import adapters, cli, hub
+from diffulm.convert import convert
 
 from . import released_files as files
+from .conftest import build_parent
 
 IDS = torch.randint(3, 250, (2, 17), generator=torch.Generator().manual_seed(0))
 W, INNER = files.WIDTH, files.INNER
@@ -191,3 +193,92 @@ def test_damaged_adapter_config(tmp_path: Path, capsys: pytest.CaptureFixture[st
     files.write_adapter(tmp_path / "lora", ALL, prefix="model.")
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})[:-3])
     assert "is not valid JSON" in refused(capsys, tmp_path / "base", tmp_path / "lora")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def trained(folder: Path, out: Path, **options: Any) -> tuple[hub.Model, Tensor]:
+    """A checkpoint whose LoRA and mask row were moved by hand, written to `out`; its logits on IDS with masks."""
+    model = opened(folder, dtype="float64")
+    mask = model.process.mask_token_id
+    inner: Any = model.denoiser.model
+    config = adapters.add_lora(inner, mask, rank=2, alpha=6.0, **options)
+    for name, parameter in inner.named_parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data += 0.3 * noise.double()
+    adapters.write_lora(out, config, inner.state_dict(), {**model.config, "tokens_seen": 7}, base=str(folder))
+    return model, model.logits(masked(mask))
+
+
+def masked(mask: int) -> Tensor:
+    ids = IDS.clone()
+    ids[:, 3:9] = mask
+    return ids
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # from inside peft
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_lora_made_here_is_merged_here_and_by_peft(family: str, tied: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    build_parent(tmp_path / "parent", family, tie_word_embeddings=tied)
+    convert(str(tmp_path / "parent"), tmp_path / "base", trained_length=64)
+    _, logits = trained(tmp_path / "base", tmp_path / "lora")
+    plain = opened(tmp_path / "base", dtype="float64")
+    ids = masked(plain.process.mask_token_id)
+    assert float((plain.logits(ids) - logits)[:, 1:].nan_to_num(neginf=0, nan=0).abs().max()) > 0.1
+    merged = opened(tmp_path / "base", dtype="float64", adapter=tmp_path / "lora")
+    torch.testing.assert_close(merged.logits(ids), logits, rtol=1e-6, atol=1e-6)
+    theirs: Any = peft.PeftModel.from_pretrained(plain.denoiser.model, str(tmp_path / "lora"))
+    theirs.merge_and_unload()
+    torch.testing.assert_close(plain.logits(ids), logits, rtol=1e-5, atol=1e-5)
+    assert (
+        cli.main(["export", str(tmp_path / "base"), str(tmp_path / "whole"), "--adapter", str(tmp_path / "lora")]) == 0
+    )
+    torch.testing.assert_close(opened(tmp_path / "whole", dtype="float64").logits(ids), logits, rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "lora/diffusion.json").read_text())["tokens_seen"] == 7
+    written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert sum(v.numel() for v in written.values()) < 0.25 * sum(p.numel() for p in plain.denoiser.parameters())
+
+
+def test_only_the_lora_and_the_mask_row_are_trained(tmp_path: Path) -> None:
+    build_parent(tmp_path / "parent")
+    convert(str(tmp_path / "parent"), tmp_path / "base", trained_length=64)
+    model = opened(tmp_path / "base")
+    adapters.add_lora(model.denoiser.model, model.process.mask_token_id, rank=2, alpha=4.0, targets=("q_proj",))
+    names = {name for name, p in model.denoiser.named_parameters() if p.requires_grad}
+    assert all(".q_proj.lora_" in name or name.endswith(".row") for name in names)
+    assert sum(name.endswith(".row") for name in names) == 1
+    before = opened(tmp_path / "base").logits(masked(model.process.mask_token_id))
+    torch.testing.assert_close(model.logits(masked(model.process.mask_token_id)), before)  # it begins as the base
+    wanted = masked(model.process.mask_token_id) == model.process.mask_token_id
+    rows = model.layout.decoding_rows(masked(model.process.mask_token_id), torch.ones_like(IDS).bool(), wanted)
+    model.denoiser.nll(rows).sum().backward()
+    for name, parameter in model.denoiser.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert moved == (parameter.requires_grad and "lora_A" not in name), (
+            name
+        )  # B is 0 at first, so A has no gradient
+
+
+def test_a_lora_that_cannot_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_parent(tmp_path / "parent")
+    convert(str(tmp_path / "parent"), tmp_path / "base", trained_length=64)
+    inner: Any = opened(tmp_path / "base").denoiser.model
+    with pytest.raises(ValueError, match=r"sft.lora_targets = \['c_attn'\] fits no module of llama"):
+        adapters.add_lora(inner, 1, rank=2, alpha=4.0, targets=("c_attn",))
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ValueError, match=r"pip install 'diffulm\[lora\]'"):
+        adapters.add_lora(inner, 1, rank=2, alpha=4.0)
+
+
+def test_rows_of_another_base_are_refused(tmp_path: Path) -> None:
+    build_parent(tmp_path / "parent")
+    convert(str(tmp_path / "parent"), tmp_path / "base", trained_length=64)
+    trained(tmp_path / "base", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": [9999]}))
+    with pytest.raises(ValueError, match="does not fit its base"):
+        opened(tmp_path / "base", adapter=tmp_path / "lora")

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import released
 from benchmarks.naive import NaiveTrainer, naive_attention_mask, naive_corrupt, naive_loss, naive_loss_from_logits
 from torch import Tensor
+
+from diffulm.bench import baselines as released
 
 from .conftest import tiny_config
 
@@ -219,6 +220,18 @@ def test_the_two_autoregressive_loops_agree_and_cost_what_they_say(family: str) 
     assert len(set(slow[:, 5:].flatten().tolist())) > 3, "not one token for ever: the comparison says something"
     assert [x.shape[1] for x in fed_slow] == rows_slow == list(range(5, 14))
     assert [x.shape[1] for x in fed_fast] == [5] + [1] * 8 and rows_fast == [1] * 9
+
+
+def test_the_cached_loop_stops_when_every_text_has_its_end() -> None:
+    model = build(causal=True)
+    ids, _ = canvas(3, 5)
+    whole = released.generate_cached(model, ids, 9)[:, 5:].tolist()
+    ends = [whole[b][k] for b, k in ((0, 1), (1, 3), (2, 5))]
+    firsts = [next(i for i, token in enumerate(row) if token in ends) for row in whole]
+    last = max(firsts)
+    assert min(firsts) < last, "they do not end together"
+    out, inputs, _ = watched(model, lambda: released.generate_cached(model, ids, 9, ends=ends))
+    assert last < 8 and out[:, 5:].tolist() == [row[: last + 1] for row in whole] and len(inputs) == last + 1
 
 
 def test_refusals() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import diffulm.denoiser
 from diffulm.denoiser import HFDenoiser, check_attention, check_head
-from diffulm.layout import Annealing, Causal, Full, NoisedBatch, Rows
+from diffulm.layout import Annealing, Block, Causal, Full, NoisedBatch, Rows
 from diffulm.objective import Normalisation, diffusion_loss
 from diffulm.process import MaskedDiffusion
 from diffulm.runtime import parse_precision
@@ -206,6 +206,20 @@ def test_a_packed_document_is_the_document_alone_at_its_positions(name: str) -> 
     for start, stop in ((0, 5), (5, 8), (8, 12)):
         rows = layout.training_rows(sample(batch, 0, start=start, stop=stop))
         parts.append(losses(denoiser, replace(rows, position=rows.position + start)))
+    assert_same(together, (sum(p[0] for p in parts), {k: sum(p[1][k] for p in parts) for k in together[1]}))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("source", ["own", "launch"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_packed_document_of_blocks_is_the_document_alone(name: str, source: Any) -> None:
+    """Documents that begin in the middle of what would be a block: the positions and blocks are their own."""
+    denoiser, layout = build(name), Block(4, source, 0.5)
+    batch = batch_of([[5, 6, 1]])
+    batch = replace(batch, group_BL=layout.noise_groups(batch.document_BL))
+    together = losses(denoiser, layout.training_rows(batch))
+    alone = (sample(batch, 0, start=a, stop=b) for a, b in ((0, 5), (5, 11), (11, 12)))
+    alone = (replace(one, group_BL=layout.groups(one.x0_BL.shape[1])[None]) for one in alone)
+    parts = [losses(denoiser, layout.training_rows(one)) for one in alone]
     assert_same(together, (sum(p[0] for p in parts), {k: sum(p[1][k] for p in parts) for k in together[1]}))  # type: ignore[misc]
 
 

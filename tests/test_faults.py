@@ -61,6 +61,28 @@ def start(recipe: Path, out: Path, *, verb: str = "train") -> subprocess.Popen[s
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def launch(recipe: Path, out: Path, *flags: str, processes: int = 2) -> subprocess.Popen[str]:
+    """`train` under torchrun, on the CPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        *flags,
+    ]
+    command += ["-m", "diffulm", "train", str(recipe), "--out", str(out), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, in order."""
+    tasks = Path(f"/proc/{launcher.pid}/task")
+    return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+
 def finish(recipe: Path, out: Path, *, verb: str = "train") -> tuple[int, str]:
     process = start(recipe, out, verb=verb)
     text, _ = process.communicate(timeout=300)
@@ -202,7 +224,7 @@ def test_sigterm_while_training_checkpoints_and_resumes(whole: Whole, tmp_path: 
         time.sleep(0.02)
     process.terminate()
     text, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command resumes" in text
+    assert process.returncode == 143 and "the same command resumes" in text
     done = len(read_metrics(out / "adapted"))
     found = latest(out / "adapted")
     assert found is not None and found[1]["step"] == done >= 5
@@ -234,3 +256,63 @@ def test_both_arms_of_adapt(parent: Path, tmp_path: Path) -> None:
     assert figures(out) == figures(tmp_path / "one")
     for what in ("model", "control"):
         assert weights_of(out, what) == weights_of(tmp_path / "one", what)
+
+
+# ---------------------------------------------------------------------------------------------- two processes
+
+
+def wait_for_steps(out: Path, more: int, process: subprocess.Popen[str]) -> None:
+    steps = len(read_metrics(out / "adapted"))
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(read_metrics(out / "adapted")) < steps + more and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def near(out: Path, expected: Path) -> None:
+    """Two processes against one: the same up to rounding."""
+    mine, theirs = read_metrics(out / "adapted"), read_metrics(expected / "adapted")
+    assert [r["step"] for r in mine] == list(range(1, STEPS + 1))
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3), a["step"]
+        assert a["epoch"] == b["epoch"]
+    report, other = (json.loads((path / "report.json").read_text()) for path in (out, expected))
+    assert report["after"]["bits_per_byte"] == pytest.approx(other["after"]["bits_per_byte"], rel=5e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are found through /proc")
+def test_torchrun_starts_again_what_was_killed(whole: Whole, tmp_path: Path) -> None:
+    """Either process killed in turn; the survivor says what happened, and the run ends as if nothing had been."""
+    recipe, expected, _ = whole
+    out = tmp_path / "run"
+    process = launch(recipe, out, "--max-restarts", "2")
+    for victim in (1, 0):
+        wait_for_steps(out, 8, process)
+        os.kill(workers(process)[victim], signal.SIGKILL)
+        time.sleep(1)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert text.count("the connection to another process broke") == 2, text
+    assert text.count("resuming at step") == 2, "and rank 0 alone says so"
+    assert (out / "adapted" / f"step-{STEPS:08d}" / ".metadata").is_file()
+    near(out, expected)
+
+
+def test_sigterm_to_torchrun_checkpoints_and_one_process_goes_on(whole: Whole, tmp_path: Path) -> None:
+    recipe, expected, _ = whole
+    out = tmp_path / "run"
+    process = launch(recipe, out)
+    wait_for_steps(out, 8, process)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and text.count("interrupted; the same command resumes") == 1, text
+    found = latest(out / "adapted")
+    assert found is not None and found[1]["step"] == len(read_metrics(out / "adapted")) >= 8
+    code, text = finish(recipe, out)
+    assert code == 0, text
+    near(out, expected)
+
+
+def test_a_world_that_does_not_fit_is_refused_once_and_leaves_nothing(parent: Path, tmp_path: Path) -> None:
+    text, _ = launch(write_recipe(tmp_path, parent), tmp_path / "run", processes=3).communicate(timeout=120)
+    assert text.count("diffulm train: 3 processes do not divide train.batch = 4; start 1 or 2, or set") == 1, text
+    assert "do not divide" in text.splitlines()[0] and not (tmp_path / "run").exists()

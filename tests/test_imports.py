@@ -20,11 +20,12 @@ SOURCE = Path(__file__).parent.parent / "src" / "diffulm"
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("adapt",),
+    ("sft",),
+    ("adapt", "answers", "bench"),
     ("serve", "eval", "train", "data", "convert", "export"),
     ("sampling", "hub"),
     ("adapters", "released"),
-    ("objective", "denoiser", "weights", "embedded"),
+    ("objective", "denoiser", "weights", "embedded", "template"),
     ("process", "layout", "tokenizer"),
     ("schedule", "runtime", "render", "card", "rows"),
 )
@@ -32,7 +33,7 @@ DEPTH = {member: depth for depth, layer in enumerate(LAYERS) for member in layer
 
 TRANSFORMERS = {"denoiser.py", "convert.py", "hub.py", "tokenizer.py"}
 #: Type annotations only, never at run time.
-TRANSFORMERS_TYPES = {"data/prepare.py", "data/sources.py"}
+TRANSFORMERS_TYPES = {"data/prepare.py", "data/pieces.py", "data/estimate.py", "template.py"}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffulm.layout import Block, Causal, Full, NoisedBatch, Rows, layout_from_config, noise_share, visible
+from diffulm.layout import Block, Causal, Full, Growth, NoisedBatch, Rows, layout_from_config, noise_share, visible
 from diffulm.objective import diffusion_loss
 from diffulm.process import MaskedDiffusion
 
@@ -22,8 +22,9 @@ from .toy import MASK, TEXTS, Table, joint, masks
 from .toy import L as LENGTH
 from .toy import V as WORDS
 
-#: (stream, position, block): what a row is. A launch row is a noisy copy of the token before its block.
-Row = tuple[str, int, int]
+#: (stream, place in the sequence, position in its document, block): what a row is. A launch row is a noisy copy of the
+#: token before its block; "nothing" fills up the launch rows of a sample that needs fewer.
+Row = tuple[str, int, int, int]
 
 
 @st.composite
@@ -46,22 +47,36 @@ def batches(draw: st.DrawFn, size: int | None = None) -> tuple[NoisedBatch, int]
         2, -1
     )
     x0 = 10 + torch.arange(2 * length).view(2, -1)
-    group = (torch.arange(length) // size).expand(2, -1).contiguous()
+    group = torch.tensor([places_of(documents[b].tolist(), size)[1] for b in range(2)])
     ids = x0.masked_fill(noised, MASK)
     return NoisedBatch(x0, ids, noised, maskable, noised * 1.5, documents, valid, group), size
 
 
-def what_rows_are(layout: Block, length: int) -> list[Row]:
+def places_of(documents: list[int], size: int) -> tuple[list[int], list[int]]:
+    """(position in its own document, number of its block in the sequence) of each token, counted one by one."""
+    position: list[int] = []
+    group: list[int] = []
+    for p, document in enumerate(documents):
+        position.append(position[-1] + 1 if p and documents[p - 1] == document else 0)
+        group.append((group[-1] if p else -1) + (position[-1] % size == 0))
+    return position, group
+
+
+def what_rows_are(layout: Block, documents: list[int]) -> list[Row]:
     """Noisy tokens, launch rows, clean tokens, in the order the layout promises."""
-    rows: list[Row] = [("noisy", p, p // layout.size) for p in range(length)]
+    position, _ = places_of(documents, layout.size)
+    tokens = [(p, at, at // layout.size) for p, at in enumerate(position)]
+    rows: list[Row] = [("noisy", *token) for token in tokens]
     if layout.source == "launch":
-        rows += [("launch", k * layout.size - 1, k) for k in range(1, -(-length // layout.size))]
-    return rows + [("clean", p, p // layout.size) for p in range(length)]
+        opens = [(p - 1, at - 1, block) for p, at, block in tokens if at and at % layout.size == 0]
+        rows += [("launch", *token) for token in opens]
+        rows += [("nothing", 0, 0, 0)] * ((len(documents) - 1) // layout.size - len(opens))
+    return rows + [("clean", *token) for token in tokens]
 
 
 def sees(query: Row, key: Row) -> bool:
     """The block relation of the design's table, in words: clean is causal; noisy sees its block and earlier clean."""
-    (q, q_at, q_block), (k, k_at, k_block) = query, key
+    (q, _, q_at, q_block), (k, _, k_at, k_block) = query, key
     if q == "clean":
         return k == "clean" and k_at <= q_at
     if k == "clean":
@@ -76,49 +91,56 @@ def test_block_visibility_sources_and_targets(case: tuple[NoisedBatch, int], sou
     layout = Block(size, source, ar_weight)
     rows = layout.training_rows(batch)
     B, length = batch.x0_BL.shape
-    what = what_rows_are(layout, length)
-    assert rows.ids.shape == (B, len(what))
+    what_B = [what_rows_are(layout, batch.document_BL[b].tolist()) for b in range(B)]
+    assert rows.ids.shape == (B, len(what_B[0])) and len(what_B[0]) == len(what_B[1])
     seen = visible(rows)
-    for b in range(B):
+    for b, what in enumerate(what_B):
         document, valid = batch.document_BL[b].tolist(), batch.valid_BL[b].tolist()
         for r, row in enumerate(what):
-            stream, at, block = row
+            stream, place, at, block = row
+            if stream == "nothing":
+                assert not rows.valid[b, r] and seen[b, :, r].nonzero()[:, 0].tolist() == [r]
+                continue
             assert rows.position[b, r] == at and rows.block[b, r] == block
-            assert rows.document[b, r] == document[at] and rows.valid[b, r] == valid[at]
+            assert rows.document[b, r] == document[place] and rows.valid[b, r] == valid[place]
             # The token a launch row copies is finished by the time its block is decoded, so it is the clean one.
-            assert rows.ids[b, r] == (batch.ids_BL if stream == "noisy" else batch.x0_BL)[b, at]
+            assert rows.ids[b, r] == (batch.ids_BL if stream == "noisy" else batch.x0_BL)[b, place]
             assert rows.stream[b, r] == (0 if stream == "clean" else 1)
             for k, key in enumerate(what):
-                expected = k == r or (sees(row, key) and document[at] == document[key[1]] and valid[key[1]])
-                assert bool(seen[b, r, k]) == expected, (row, key)
+                if key[0] != "nothing":
+                    expected = k == r or (sees(row, key) and document[place] == document[key[1]] and valid[key[1]])
+                    assert bool(seen[b, r, k]) == expected, (row, key)
 
     # Each noised token once, read from the row the layout names; then the clean rows, each predicting the next.
     wanted = []
+    at_B = [places_of(batch.document_BL[b].tolist(), size)[0] for b in range(B)]
     for b, i in batch.noised_BL.nonzero().tolist():
+        at = at_B[b][i]
         if source == "own":
-            row = ("noisy", i, i // size)
-        elif i % size:
-            row = ("noisy", i - 1, i // size)
+            row = ("noisy", i, at, at // size)
+        elif at % size:
+            row = ("noisy", i - 1, at - 1, at // size)
         else:
-            row = ("launch", i - 1, i // size)
+            row = ("launch", i - 1, at - 1, at // size)
         wanted.append((b, row, int(batch.x0_BL[b, i]), 1.5))
     if ar_weight:
         wanted += [
-            (b, ("clean", i - 1, (i - 1) // size), int(batch.x0_BL[b, i]), ar_weight)
+            (b, ("clean", i - 1, at_B[b][i] - 1, (at_B[b][i] - 1) // size), int(batch.x0_BL[b, i]), ar_weight)
             for b, i in batch.maskable_BL.nonzero().tolist()
         ]
-    places = [divmod(s, len(what)) for s in rows.source.tolist()]
-    assert [(b, what[r]) for b, r in places] == [w[:2] for w in wanted]
+    places = [divmod(s, rows.ids.shape[1]) for s in rows.source.tolist()]
+    assert [(b, what_B[b][r]) for b, r in places] == [w[:2] for w in wanted]
     assert rows.target.tolist() == [w[2] for w in wanted] and rows.weight.tolist() == [w[3] for w in wanted]
     assert rows.noised == int(batch.noised_BL.sum()) and rows.maskable == int(batch.maskable_BL.sum())
     # A row that predicts never sees its target, and always sees all that is known of its block.
     for (b, r), (_, row, target, _) in zip(places, wanted, strict=True):
         keys = seen[b, r].nonzero()[:, 0].tolist()
         assert target not in rows.ids[b, keys].tolist()
-        at = target - 10 - b * length
-        own = [k for k in range(len(what)) if what[k][0] == "noisy" and what[k][2] == at // size]
-        same = [k for k in own if batch.document_BL[b, what[k][1]] == batch.document_BL[b, at]]
+        place, what = target - 10 - b * length, what_B[b]
+        own = [k for k in range(len(what)) if what[k][0] == "noisy" and what[k][3] == at_B[b][place] // size]
+        same = [k for k in own if batch.document_BL[b, what[k][1]] == batch.document_BL[b, place]]
         assert row[0] == "clean" or set(same) <= set(keys)
+    assert layout.noise_groups(batch.document_BL).equal(batch.group_BL)
 
 
 @settings(max_examples=40, deadline=None)
@@ -189,6 +211,63 @@ def test_the_row_trained_is_the_row_decoded_from(
     b, i = wanted.nonzero(as_tuple=True)
     named = decoded.__class__(**{**vars(decoded), "target": batch.x0_BL[b, i]})
     assert facts(named) == {key: value for key, value in a.items() if key[1] in batch.x0_BL[wanted].tolist()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.sampled_from(["own", "launch"]), st.sampled_from([0.0, 0.3]))
+def test_a_packed_document_is_trained_as_the_text_that_is_decoded(
+    case: tuple[NoisedBatch, int], source: Any, ar_weight: float
+) -> None:
+    """Wherever in a sequence a document begins, its rows are those it has alone: positions, blocks, what is in sight,
+    levels. (Alone, the row trained is the row decoded from: the test above.)"""
+    batch, size = case
+    layout = Block(size, source, ar_weight)
+    together = facts_of(layout.training_rows(batch))
+    apart: dict[Any, Any] = {}
+    for b in range(len(batch.x0_BL)):
+        length = int(batch.valid_BL[b].sum())
+        for document in batch.document_BL[b, :length].unique():
+            here = (batch.document_BL[b] == document).nonzero()[:, 0]
+            start, stop = int(here[0]), min(int(here[-1]) + 1, length)
+            cut = {k: v[b : b + 1, start:stop] for k, v in vars(batch).items() if k != "annealed_LL"}
+            alone = NoisedBatch(**cut | {"group_BL": layout.groups(stop - start)[None]})
+            apart |= facts_of(layout.training_rows(alone))
+    assert together == apart
+
+
+def facts_of(rows: Rows) -> dict[tuple[int, int], Any]:
+    """(target, stream of its row) -> position and block of that row, its weight and level, and the rows in sight."""
+    R, found = rows.ids.shape[1], {}
+    seen = visible(rows)
+    numbers = zip(rows.source.tolist(), rows.target.tolist(), rows.weight.tolist(), rows.level.tolist(), strict=True)
+    for source, target, weight, level in numbers:
+        b, r = divmod(source, R)
+        keys = seen[b, r].nonzero()[:, 0]
+        sight = sorted(
+            zip(*(x[b, keys].tolist() for x in (rows.position, rows.stream, rows.block, rows.ids)), strict=True)
+        )
+        row = int(rows.position[b, r]), int(rows.block[b, r])
+        assert (target, int(rows.stream[b, r])) not in found
+        found[(target, int(rows.stream[b, r]))] = (row, weight, level, sight)
+    return found
+
+
+def test_a_prompt_that_ends_inside_a_block_is_a_state_of_training() -> None:
+    """Of 4 tokens the first j are given and the rest masked: every such mask of every block is drawn, often."""
+    layout, length = Block(4), 12
+    x0 = torch.arange(10, 10 + length)[None].repeat(2000, 1)
+    yes, zeros = torch.ones_like(x0, dtype=torch.bool), torch.zeros_like(x0)
+    groups = layout.noise_groups(zeros)
+    levels = torch.rand(2000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    maskable = yes.clone()
+    maskable[:, 0] = False
+    _, noised, _ = MaskedDiffusion(MASK).corrupt(x0, maskable, groups, levels, range(2000))
+    for block in (1, 2):
+        patterns = noised[:, 4 * block : 4 * block + 4].long() @ torch.tensor([8, 4, 2, 1])
+        for j, pattern in enumerate((15, 7, 3, 1)):
+            expected = 1 / 4 / math.comb(4, j)  # one of the C(4, j) masks of its count, which has probability 1/4
+            found = float((patterns == pattern).float().mean())
+            assert found == pytest.approx(expected, abs=4 * math.sqrt(expected / 2000))
 
 
 # ------------------------------------------------------------------------------------------ the bound, by enumeration
@@ -352,6 +431,16 @@ def test_rows_move_as_a_whole() -> None:
 def test_wrong_layouts_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 9, 100])
+@pytest.mark.parametrize("sizes", [(4,), (4, 8), (1, 2, 4, 8)])
+def test_blocks_grow_in_equal_shares_and_end_at_the_last_size(steps: int, sizes: tuple[int, ...]) -> None:
+    growth = Growth(sizes, steps)
+    found = [growth.size(step) for step in range(steps)]
+    assert found == sorted(found) and found[-1] == sizes[-1] == growth.size(steps) == growth.size(10 * steps)
+    counts = [found.count(size) for size in sizes]
+    assert max(counts) - min(counts) <= 1 and sum(counts) == steps
 
 
 def test_layouts_come_from_the_config() -> None:

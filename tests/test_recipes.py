@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,10 @@ def test_hub_data_sets_are_asked_for_by_name_and_config(monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     texts = {}
     for name in PAPER:
+        cache = tmp_path / name / "cache"  # what is streamed is kept beside it
+        cache.mkdir(parents=True)
         for source in map(as_source, recipe_of(name).data.sources):
-            texts[source.name] = [document.text for document in open_source(source, tmp_path)()]
+            texts[source.name] = [document.text for document in open_source(source, cache)()]
     assert asked == [
         ("HuggingFaceFW/fineweb", "sample-100BT", "train"),
         ("HuggingFaceFW/fineweb", "sample-100BT", "train"),
@@ -153,6 +156,24 @@ def test_hub_data_sets_are_asked_for_by_name_and_config(monkeypatch: pytest.Monk
         ("bigcode/starcoderdata", None, "train"),
     ]
     assert texts == {"fineweb": ["some text"], "slimpajama": ["some text"], "starcoder": ["some code"]}
+
+
+def test_the_block_recipe_is_the_other_ones_text_and_found_by_name() -> None:
+    from diffulm.cli.flags import find_recipe
+
+    full, block = recipe_of("smollm2-cpu"), recipe_of("smollm2-block")
+    assert find_recipe("smollm2-block") == block
+    assert block.data == full.data and block.eval.prompts == full.eval.prompts and not block.eval.infills
+    model = block.model
+    assert (model.parent, model.layout, model.source) == (full.model.parent, "block", "launch")
+    assert (model.block_size, block.noise.ar_weight) == (4, 0.5) and block.train.minutes == full.train.minutes
+
+
+def test_make_demo_takes_a_recipe() -> None:
+    for options, recipe in (([], "smollm2-cpu"), (["RECIPE=smollm2-block"], "smollm2-block")):
+        command = ["make", "--dry-run", "demo", *options]
+        lines = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, check=True).stdout
+        assert f" adapt smollm2-135m-instruct-q4 --recipe {recipe} --minutes 5 " in lines
 
 
 # ------------------------------------------------------------------------------------------------ two steps of each
@@ -187,7 +208,7 @@ def shrunk(recipe: Recipe, folder: Path) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if recipe_of(name).task == "adapt"])
 def test_two_steps_of_every_recipe(name: str, tmp_path: Path) -> None:
     recipe = recipe_of(name)
     tiny = shrunk(recipe, tmp_path)
@@ -197,7 +218,10 @@ def test_two_steps_of_every_recipe(name: str, tmp_path: Path) -> None:
     assert [row["learning_rate"] for row in rows] == [learning_rate(tiny.train, x) for x in (0.25, 0.75)]
     assert all(0 < row["loss"] < 100 for row in rows) and report["after"]["nats_per_token"] > 0
     config = json.loads((tmp_path / "run/model/config.json").read_text(encoding="utf-8"))
-    assert config["model_type"] == ("gpt2" if name in GPT2 else "llama") and config["is_causal"] is False
+    block = recipe.model.layout == "block"
+    assert config["model_type"] == ("gpt2" if name in GPT2 else "llama")
+    # Block rows bring a mask of their own; the class stays what it was.
+    assert config.get("is_causal", True) is block and config.get("block_size") == recipe.model.block_size
     diffusion = config["diffusion"]
     assert diffusion["tokens_seen"] == report["tokens"] and diffusion["source"] == recipe.model.source
     assert diffusion["mask_row_added"] is (recipe.model.mask_token is None)

@@ -211,7 +211,7 @@ def test_text_through_the_one_loop(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["diffugpt-s", "diffullama"])
 def test_the_released_sampler_gives_valid_text(name: str, tmp_path: Path) -> None:
     """The algorithm the authors released, re-created as a baseline, on a checkpoint as they released it."""
-    baseline = pytest.importorskip("benchmarks.released")
+    baseline = pytest.importorskip("diffulm.bench.baselines")
     WRITERS[name][0](tmp_path)
     model = opened(tmp_path)
     canvas = IDS.clone()

@@ -20,6 +20,7 @@ _WHERE = {
     "train": "train.loop",
     "generate": "sampling",
     "infill": "sampling",
+    "Chat": "sampling.chat",
     "denoise": "sampling",
     "Canvas": "sampling",
     "Draw": "sampling",

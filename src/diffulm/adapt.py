@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 
 from . import hub, runtime
 from .convert import convert
-from .data.loader import Loader, Mixture, Sequences
+from .data.loader import ORDER, Loader, Mixture, Sequences
 from .data.prepare import prepare
 from .data.sources import Source
 from .data.tokens import TokenStore
@@ -36,16 +35,18 @@ from .denoiser import HFDenoiser
 from .eval.likelihood import Estimate, Window, cut_windows, score_windows
 from .eval.report import write_report
 from .eval.summary import build_report
-from .layout import Annealing, Block, Causal, Full
+from .layout import Annealing, Block, Causal, Full, Growth
 from .process import MaskedDiffusion
 from .sampling import generate, infill
 from .schedule import schedule_from_name
 from .tokenizer import SpecialTokens, decode, encode, fingerprint, load_tokenizer, special_tokens
+from .train.budget import BUDGET, find_budget, plan_budget
 from .train.checkpoint import full_model_state
-from .train.config import Recipe, SourceConfig, to_dict
-from .train.loop import BUDGET, Progress, find_budget, plan_budget, train
+from .train.config import Recipe, SourceConfig, differing_keys, to_dict
+from .train.flops import Shape, Work, flops_per_token
+from .train.loop import Progress, train
 from .train.metrics import read_metrics
-from .train.parallel import parallelize
+from .train.parallel import check_world, parallelize
 
 MARKER = "adapt.json"
 Say = Callable[[str], None]
@@ -80,39 +81,54 @@ def adapt(
 ) -> dict[str, Any]:
     """Run a recipe from parent to report; returns the report (also written to `out`).
 
+    Under torchrun all processes train; the first one does the rest while the others wait, and it alone speaks. `out`
+    is a folder that all of them see.
+
     Raises:
         ValueError: bad input, with the remedy; nothing is left half-written.
-        KeyboardInterrupt: Ctrl-C; the same call resumes.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM while it trains (`runtime.Terminated`); the same call resumes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("adapt runs in one process; start it without torchrun (one GPU is used if there is one)")
-    out = Path(out)
-    fresh = claim(out, recipe, control)
-    if (out / "report.json").is_file():
-        report: dict[str, Any] = runtime.read_json(out / "report.json")
-        if not (out / "report.html").is_file():  # killed while the report was written
-            write_report(report, out)
-        say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
-        return report
+    if recipe.task != "adapt":
+        raise ValueError(f"recipe {recipe.name!r} has task {recipe.task!r}; run it with diffulm.sft.sft")
     where = runtime.pick_device(device)
+    with runtime.process_group(where) as (rank, world):
+        if rank:
+            say, on_step = (lambda _: None), (lambda arm, progress: None)
+        run = Run(recipe, Path(out), offline, say, on_step, where, compile=False)
+        return run_stages(run, command=command, control=control, world=world)
+
+
+def run_stages(run: Run, *, command: str, control: bool, world: int) -> dict[str, Any]:
+    """The stages in order; those but training on the first process alone (`alone`)."""
+    recipe, out, alone = run.recipe, run.out, runtime.on_first_rank
+
+    def begin() -> bool:
+        check_world(recipe.train, world)
+        return claim(out, recipe, control)
+
+    fresh = alone(begin)
+    if alone((out / "report.json").is_file):
+        return alone(lambda: finished_report(run))
+    if world > 1:
+        run.say(f"{world} processes on {run.device.type}")
     wants = recipe.train.compile
-    pays = wants == "on" or (wants == "auto" and (where.type == "cuda" or runtime.can_compile()))
-    run = Run(recipe, out, offline, say, on_step, where, pays)
+    auto = wants == "auto" and (run.device.type == "cuda" or alone(runtime.can_compile))
+    run.compile = wants == "on" or auto
     started = time.perf_counter() - float(read_state(out).get("seconds_before", 0))
     try:
-        convert_stage(run)
+        alone(lambda: convert_stage(run))
         stores, data_report = data_stage(run)
         windows = heldout_windows(run, stores)
-        parent = score(run, "parent", windows, draws=1)
-        before = score(run, "before", windows, draws=recipe.eval.draws)
+        parent = alone(lambda: score(run, "parent", windows, draws=1))
+        before = alone(lambda: score(run, "before", windows, draws=recipe.eval.draws))
         train_arm(run, "adapted", stores, windows)
         if control:
             train_arm(run, "continued", stores, windows)
-        continued = score(run, "parent_continued", windows, draws=1) if control else None
-        after = score(run, "after", windows, draws=recipe.eval.draws)
-        samples = sample_stage(run)
+        continued = alone(lambda: score(run, "parent_continued", windows, draws=1)) if control else None
+        after = alone(lambda: score(run, "after", windows, draws=recipe.eval.draws))
+        samples = alone(lambda: sample_stage(run))
     except ValueError:
-        if fresh and not (out / "adapted").exists():  # nothing that a corrected command would trip over
+        if is_first() and fresh and not (out / "adapted").exists():  # nothing that a corrected command would trip over
             shutil.rmtree(out)
         raise
     finally:
@@ -122,21 +138,40 @@ def adapt(
     scores = {"parent": parent, "before": before, "after": after}
     if continued:
         scores["parent_continued"] = continued
-    report = build_report(
-        recipe,
-        scores,
-        windows,
-        arms={arm: read_metrics(out / arm) for arm in ("adapted", "continued")},
-        few=few_windows(windows),
-        overlap=max(source["ngram13"]["overlap"] for source in data_report["sources"].values()),
-        samples=samples,
-        dtype=str(training_precision(run)),
-        command=command,
-        total_seconds=time.perf_counter() - started,
-        peak_memory_bytes=peak,
-    )
-    write_measured(out / "model", report)
-    write_report(report, out)
+
+    def conclude() -> dict[str, Any]:
+        report = build_report(
+            recipe,
+            scores,
+            windows,
+            arms={arm: read_metrics(out / arm) for arm in ("adapted", "continued")},
+            few=few_windows(windows),
+            overlap=max(source["ngram13"]["overlap"] for source in data_report["sources"].values()),
+            samples=samples,
+            dtype=str(training_precision(run)),
+            command=command,
+            total_seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak,
+        )
+        write_measured(out / "model", report)
+        write_report(report, out)
+        return report
+
+    return alone(conclude)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return runtime.rank_and_world()[0] == 0
+
+
+def finished_report(run: Run) -> dict[str, Any]:
+    """The report of a run that is done."""
+    out = run.out
+    report: dict[str, Any] = runtime.read_json(out / "report.json")
+    if not (out / "report.html").is_file():  # killed while the report was written
+        write_report(report, out)
+    run.say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
     return report
 
 
@@ -161,14 +196,8 @@ def claim(out: Path, recipe: Recipe, control: bool) -> bool:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if marker.is_file():
         there = runtime.read_json(marker)
-        if {k: there.get(k) for k in wanted} != wanted:
-            keys = [
-                f"{table}.{key}" if isinstance(value, dict) else table
-                for table, value in wanted["recipe"].items()
-                for key in (value if isinstance(value, dict) else [""])
-                if (there["recipe"].get(table, {}).get(key) if isinstance(value, dict) else there["recipe"].get(table))
-                != (value[key] if isinstance(value, dict) else value)
-            ] or ["control"]
+        keys = [*differing_keys(there["recipe"], wanted["recipe"])] + ["control"] * (there["control"] != control)
+        if keys:
             raise ValueError(
                 f"{out} holds a run with other settings ({', '.join(keys[:5])} differ); choose another --out"
             )
@@ -187,6 +216,8 @@ def read_state(out: Path) -> dict[str, Any]:
 
 
 def write_state(out: Path, **values: Any) -> None:
+    if not is_first():
+        return
     runtime.write_atomic(out / "scores.json", json.dumps({**read_state(out), **values}, indent=1))
 
 
@@ -216,15 +247,17 @@ def data_stage(run: Run) -> tuple[dict[str, tuple[TokenStore, TokenStore]], dict
     data = run.recipe.data
     sources = [as_source(s) for s in data.sources]
     run.say("preparing text: " + ", ".join(s.path for s in sources))
-    report = prepare(
-        sources,
-        tokenizer,
-        run.out / "data",
-        heldout_fraction=data.heldout_fraction,
-        min_window=data.length,
-        strict=data.strict,
-        workers=data.workers,
-        progress=sys.stderr.isatty(),
+    report = runtime.on_first_rank(
+        lambda: prepare(
+            sources,
+            tokenizer,
+            run.out / "data",
+            heldout_fraction=data.heldout_fraction,
+            min_window=data.length,
+            strict=data.strict,
+            workers=data.workers,
+            progress=sys.stderr.isatty(),
+        )
     )
     print_ = fingerprint(tokenizer)
     stores = {
@@ -255,7 +288,10 @@ _REMARKS = {
 
 def as_source(config: SourceConfig) -> Source:
     weight = 1.0 if config.weight is None else config.weight
-    return Source(config.name, config.path, weight, config.text_field, tuple(config.exclude), tuple(config.more))
+    return Source(
+        config.name, config.path, weight, config.text_field, tuple(config.exclude), tuple(config.more), config.subset,
+        config.split, config.limit_documents, config.limit_bytes,
+    )  # fmt: skip
 
 
 def heldout_windows(run: Run, stores: dict[str, tuple[TokenStore, TokenStore]]) -> list[Window]:
@@ -376,36 +412,47 @@ def train_arm(run: Run, arm: str, stores: dict[str, tuple[TokenStore, TokenStore
             steps = runtime.read_json(other)["steps"]
             config = dataclasses.replace(config, minutes=None, tokens=None, steps=steps)
     run.say(f"training {'the parent on the same text (control)' if causal else 'the diffusion model'}")
-    parallelize(denoiser, denoiser.precision, compile=run.compile)
+    cost = flops_per_token(Shape.of(denoiser.model), Work.of(recipe, causal=causal))
+    parallelize(
+        denoiser, denoiser.precision, compile=run.compile,
+        activation_checkpointing=config.activation_checkpointing, replicas=config.replicas,
+    )  # fmt: skip
     loader = build_loader(run, stores, special, layout, process)
     budget = plan_budget(
         run.out / arm, lambda: find_budget(config, loader, denoiser, length=recipe.data.length, device=run.device)
     )
     annealing = Annealing(round(config.annealing * budget.steps), config.seed)
-    loader = dataclasses.replace(loader, annealing=annealing)
+    growth = Growth(config.block_sizes, budget.steps) if config.block_sizes and not causal else None
+    loader = dataclasses.replace(loader, annealing=annealing, growth=growth)
     passes = loader.mixture.epochs(budget.steps * config.batch)
-    if passes > 4:
-        run.say(f"  a source of text is passed over {passes:.0f} times in this budget: more text would serve better")
+    if passes > 1:
+        better = ": more text would serve better" if passes > 4 else ""
+        run.say(f"  a source of text is passed over {passes:.1f} times in this budget (epochs){better}")
     few = few_windows(windows)
 
     def heldout() -> float:
         estimate = score_windows(denoiser, layout, process, few, special, draws=2, seed=1, device=run.device)
         return estimate.nats_per_token
 
-    settings = {"recipe": json.loads(json.dumps(to_dict(recipe))), "arm": arm}
+    settings = {"recipe": json.loads(json.dumps(to_dict(recipe))), "arm": arm, "order": ORDER}
     train(
         denoiser, loader, config, run.out / arm, budget=budget, settings=settings, anneal_ratio=annealing.ratio,
-        heldout=heldout, normalisation=recipe.noise.normalisation, report=lambda p: run.on_step(arm, p),
+        epochs=loader.mixture.epochs, heldout=heldout, normalisation=recipe.noise.normalisation,
+        flops_per_token=cost, report=lambda p: run.on_step(arm, p),
     )  # fmt: skip
     weights = {k.removeprefix("model."): v for k, v in full_model_state(denoiser).items()}
     seen = budget.steps * budget.tokens_per_step
-    if causal:
-        with runtime.atomic_folder(final) as aside, hub.quiet_transformers():
-            denoiser.model.save_pretrained(aside, state_dict=weights)  # type: ignore[operator]
-            tokenizer.save_pretrained(aside)
-    else:
-        diffusion = {**denoiser.config.diffusion, "tokens_seen": seen}
-        hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=weights, card=card(run, seen))
+
+    def write() -> None:
+        if causal:
+            with runtime.atomic_folder(final) as aside, hub.quiet_transformers():
+                denoiser.model.save_pretrained(aside, state_dict=weights)  # type: ignore[operator]
+                tokenizer.save_pretrained(aside)
+        else:
+            diffusion = {**denoiser.config.diffusion, "tokens_seen": seen}
+            hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=weights, card=card(run, seen))
+
+    runtime.on_first_rank(write)
 
 
 def few_windows(windows: list[Window]) -> list[Window]:

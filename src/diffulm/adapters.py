@@ -1,12 +1,16 @@
-"""LoRA adapters in peft's format, merged into the weights of their base. The only file that imports peft.
+"""LoRA adapters in peft's format: trained, written, merged into the weights of their base. The only file that imports
+peft.
 
 A plain LoRA needs no peft: merging is one product per matrix, W + B A alpha / r, and what is left is to find the
 matrix, since adapters of the released models name the modules of the authors' wrapper. Other kinds (DoRA, LoHa, ...)
 are merged by peft itself.
+
+A LoRA made here also has the mask token's embedding row, written as peft writes trained tokens.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
@@ -14,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from . import runtime, weights
 
@@ -25,9 +30,9 @@ _NOT_PLAIN = (
     "alpha_pattern",
     "megatron_config",
     "layer_replication",
-    "trainable_token_indices",
 )
 _SAVED = re.compile(r"\.modules_to_save(\.default)?")
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 
@@ -52,6 +57,7 @@ def merge(model: Any, folder: Path, *, name: str) -> None:
         key.removeprefix("base_model.model."): piece for key, piece in weights.stored(folder, "adapter_model").items()
     }
     plain = config.get("peft_type") == "LORA" and not any(config.get(key) for key in _NOT_PLAIN)
+    plain = plain and isinstance(config.get("trainable_token_indices") or [], list)
     if plain and not any("lora_embedding" in key for key in pieces):
         _merge_plain(model, config, known, pieces, name=name)
     else:
@@ -65,19 +71,24 @@ def _merge_plain(
     updates: dict[str, dict[str, Any]] = {}
     for key, piece in pieces.items():
         lora = _LORA.fullmatch(key)
-        stock = known.get(f"{lora['module']}.weight" if lora else _SAVED.sub("", key))
+        whole = f"{key.removesuffix(_ROWS)}.weight" if key.endswith(_ROWS) else _SAVED.sub("", key)
+        stock = known.get(f"{lora['module']}.weight" if lora else whole)
         if stock is None:
             raise ValueError(_unfit(name, key))
-        updates.setdefault(stock, {})[lora["side"] if lora else "whole"] = piece
+        kind = "rows" if key.endswith(_ROWS) else "whole"
+        updates.setdefault(stock, {})[lora["side"] if lora else kind] = piece
     # All shapes first, then the arithmetic: an adapter of another base must not leave a half-changed model.
     for stock, parts in updates.items():
-        _check(stock, parts, parameters[stock], transposed=_transposed(model, stock), name=name)
+        rows = config.get("trainable_token_indices") or []
+        _check(stock, parts, parameters[stock], transposed=_transposed(model, stock), rows=rows, name=name)
     if "whole" in updates.get(_embedding(model), {}) and model.config.tie_word_embeddings:
         raise ValueError(f"{name} has an embedding of its own, but its base ties embedding and head; merge it by hand")
     for stock, parts in updates.items():
         weight = parameters[stock]
         if "whole" in parts:
             weight.copy_(parts["whole"][...])
+        elif "rows" in parts:
+            weight[config["trainable_token_indices"]] = parts["rows"][...].to(weight)
         else:
             delta = _delta(parts, config).to(weight.device)
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -94,9 +105,12 @@ def _delta(parts: dict[str, Any], config: dict[str, Any]) -> Tensor:
     return b @ a * (config.get("lora_alpha", 8) / (math.sqrt(len(a)) if config.get("use_rslora") else len(a)))
 
 
-def _check(stock: str, parts: dict[str, Any], weight: Tensor, *, transposed: bool, name: str) -> None:
+def _check(stock: str, parts: dict[str, Any], weight: Tensor, *, transposed: bool, rows: list[int], name: str) -> None:
     shapes = {side: tuple(piece.get_shape()) for side, piece in parts.items()}
-    if "whole" in shapes:
+    if "rows" in shapes:
+        fits = set(shapes) == {"rows"} and shapes["rows"] == (len(rows), weight.shape[1])
+        fits, found = fits and all(0 <= i < len(weight) for i in rows), shapes["rows"]
+    elif "whole" in shapes:
         fits, found = set(shapes) == {"whole"} and shapes["whole"] == tuple(weight.shape), shapes["whole"]
     elif set(shapes) != {"A", "B"}:
         raise ValueError(f"{name}: {stock} has one half of a LoRA without the other; download the adapter again")
@@ -143,3 +157,77 @@ def _merge_by_peft(model: Any, folder: Path, known: dict[str, str], pieces: dict
         raise ValueError(f"{name} does not fit its base ({reason}); give the base that it was trained on") from error
     if left := result.unexpected_keys:
         raise ValueError(f"{name}: peft does not know {left[0]}; upgrade peft, or merge the adapter by hand")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class TrainedRow(nn.Module):
+    """An embedding of which one row is trained and the rest is frozen."""
+
+    def __init__(self, table: nn.Embedding, index: int) -> None:
+        super().__init__()
+        self.table, self.index = table, index
+        self.row = nn.Parameter(table.weight[index].detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table, which a tied head shares."""
+        return self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.table(ids)
+        return torch.where((ids == self.index)[..., None], self.row.to(found.dtype), found)
+
+
+def add_lora(
+    model: Any, mask_token_id: int, *, rank: int, alpha: float, targets: tuple[str, ...] = (), seed: int = 0
+) -> Any:
+    """Freeze a transformers model and give it a trainable LoRA, in place; returns peft's config for `write_lora`.
+
+    Every linear module but the head, or those whose names end like `targets`. The mask token's embedding row is
+    trained too: a new row has seen nothing. The head needs none, since the mask token is never predicted.
+
+    ValueError when peft is missing or no module has such a name.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("a LoRA is trained by peft; pip install 'diffulm[lora]', or set sft.lora_rank = 0") from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets) or "all-linear",  # type: ignore[arg-type]
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+    )  # fmt: skip
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore", FutureWarning)  # peft's own use of older transformers
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(config, model)
+    except ValueError as error:
+        raise ValueError(f"sft.lora_targets = {list(targets)} fits no module of {model.config.model_type}") from error
+    model.set_input_embeddings(TrainedRow(model.get_input_embeddings(), mask_token_id))
+    config.trainable_token_indices = [mask_token_id]
+    config.inference_mode = True
+    return config
+
+
+def write_lora(
+    folder: Path, config: Any, weights_of_model: dict[str, Tensor], diffusion: dict[str, Any], *, base: str
+) -> None:
+    """Write what `add_lora` trained as a peft folder, with the `diffusion` dict in diffusion.json beside its config.
+
+    `weights_of_model`: the model's whole state dict. `base`: the checkpoint that it belongs to.
+    """
+    pieces = {}
+    for key, value in weights_of_model.items():
+        if _LORA.fullmatch(key):
+            pieces[f"base_model.model.{key.replace('.default', '')}"] = value.contiguous()
+        elif key.endswith(".row"):
+            pieces[f"base_model.model.{key.removesuffix('.row')}{_ROWS}"] = value[None].contiguous()
+    config.base_model_name_or_path = base
+    with runtime.atomic_folder(folder) as aside:
+        config.save_pretrained(str(aside))
+        save_file(pieces, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        (aside / "diffusion.json").write_text(json.dumps(diffusion, indent=2) + "\n", encoding="utf-8")

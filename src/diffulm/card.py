@@ -18,19 +18,22 @@ def generate(inputs=None, *, model, input_ids=None, **kwargs):
 def model_card(config: Any, diffusion: dict[str, Any], extra: str) -> str:
     """The README.md of a checkpoint."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in diffusion.items())
+    # A block checkpoint does not see what stands after a hole.
+    block = diffusion.get("layout") == "block"
+    fill = "" if block else '\nprint(diffulm.infill(model, "The sky is ", " today.", length=4))'
+    blocks = f"\n\nIt writes from left to right in blocks of {diffusion.get('block_size')} tokens." if block else ""
     return f"""---
 library_name: transformers
 tags: [masked-diffusion, diffulm]
 ---
 # A masked diffusion language model
 
-Converted from `{diffusion.get("parent", "?")}` ({config.model_type}) with diffulm, as in arXiv 2410.17891.
+Converted from `{diffusion.get("parent", "?")}` ({config.model_type}) with diffulm, as in arXiv 2410.17891.{blocks}
 
 ```python
 import diffulm
 model = diffulm.load("path/to/this/folder")
-print(diffulm.generate(model, "Once upon a time", max_tokens=32))
-print(diffulm.infill(model, "The sky is ", " today.", length=4))
+print(diffulm.generate(model, "Once upon a time", max_tokens=32)){fill}
 ```
 
 | key | value |

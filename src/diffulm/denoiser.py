@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import NOISY, Block, Causal, Denoiser, Full, Held, Pattern, Rows, visible
+from .rows import flex_mask
 from .runtime import Precision
 
 __all__ = ["Denoiser", "HFDenoiser", "check_attention", "dependency_matrix", "make_bidirectional", "windowed_layers"]
@@ -32,7 +33,12 @@ class HFDenoiser(nn.Module):
         mask_token_id: suppressed (-inf) wherever a noisy row predicts; None for an autoregressive parent.
         mask_row_added: the mask token is a row of its own, so no row at all may predict it.
         precision: autocast for the forward pass, if any.
+
+    `flex`: whether masked attention runs by FlexAttention; None: in training on CUDA, where the class can. There a
+    dense B x R x R mask is large and keeps the fast kernels away, and shapes are few: each is compiled once.
     """
+
+    flex: bool | None = None
 
     def __init__(
         self,
@@ -47,7 +53,9 @@ class HFDenoiser(nn.Module):
         self.mask_token_id = mask_token_id
         self.mask_row_added = mask_row_added
         self.precision = precision or Precision(next(model.parameters()).dtype)
-        self.config: Any = model.config
+        config: Any = model.config
+        self.config: Any = config
+        self._dense: str = config._attn_implementation
         # Padding comes from lengths. With pad = EOS, a padding index would deny the end of text its gradient.
         self.model.get_input_embeddings().padding_idx = None  # type: ignore[operator]
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
@@ -97,6 +105,9 @@ class HFDenoiser(nn.Module):
         """(B, R, D) output of the backbone under the rows' visibility."""
         kwargs: dict[str, Any] = {"position_ids": rows.position} if self._takes_positions else {}
         mask = self.attention_mask(rows, None if cache is None else cache.held)
+        how = self._dense if mask is None or isinstance(mask, Tensor) else "flex_attention"
+        if self.config._attn_implementation != how:
+            self.model.set_attn_implementation(how)  # type: ignore[operator]
         if cache is not None:
             cache.keys_and_values.keep = rows.keep
             kwargs["past_key_values"] = cache.keys_and_values
@@ -118,11 +129,11 @@ class HFDenoiser(nn.Module):
         """What the model does without a mask, by its config."""
         return "causal" if getattr(self.config, "is_causal", True) is not False else "full"
 
-    def attention_mask(self, rows: Rows, held: Held | None = None) -> Tensor | None:
-        """None where the model's own attention is what the rows ask for (the fast kernels), else 4-D float.
+    def attention_mask(self, rows: Rows, held: Held | None = None) -> Any:
+        """None where the model's own attention is what the rows ask for (the fast kernels), else a 4-D float mask.
 
         Float and not bool: eager attention adds a mask, and bool would add 0 or 1. finfo.min and not -inf: a row
-        that sees nothing would be NaN.
+        that sees nothing would be NaN. A BlockMask where FlexAttention is to run (`flex`).
         """
         if held is None and rows.plain and rows.annealed is None and rows.pattern == self.own_pattern:
             return None
@@ -131,9 +142,19 @@ class HFDenoiser(nn.Module):
                 f"{self.config.model_type} adds its positions to the attention mask (ALiBi), so packed, padded, "
                 "annealed and block rows are impossible; use unpadded full attention or another family"
             )
+        if held is None and self._flexes(rows.ids.device):
+            return flex_mask(rows)
         dtype = next(self.model.parameters()).dtype
         floor = torch.finfo(self.precision.autocast or dtype).min
         return torch.zeros((), dtype=dtype, device=rows.ids.device).where(visible(rows, held), floor)[:, None]
+
+    def _flexes(self, device: torch.device) -> bool:
+        if self.flex is not None:
+            return self.flex
+        # transformers' flex path refuses dropout.
+        dropout = any(getattr(self.config, name, None) for name in ("attention_dropout", "attn_pdrop"))
+        able = bool(getattr(self.model, "_supports_flex_attn", False)) and not dropout
+        return device.type == "cuda" and self.training and able
 
     def _suppressed(self, rows: Rows) -> Tensor | None:
         """Which wanted rows must not predict the mask token, bool (N,); None: no row, or no need to ask."""
@@ -241,8 +262,9 @@ class ChunkedNLL(torch.autograd.Function):
         (grad_N,) = grads
         hidden_ND, weight_VD, bias_V, target_N, suppress_N, lse_N = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden_ND, dtype=grad_N.dtype)
-        grad_weight = torch.empty_like(weight_VD)
-        grad_bias = None if bias_V is None else torch.empty_like(bias_V)
+        _, weight_trains, bias_trains, *_ = ctx.needs_input_grad  # a frozen head's gradient is as large as the head
+        grad_weight = torch.empty_like(weight_VD) if weight_trains else None
+        grad_bias = torch.empty_like(bias_V) if bias_V is not None and bias_trains else None
         cap = getattr(ctx.config, "final_logit_softcapping", None)
         scale = (getattr(ctx.config, "logit_scale", None) or 1.0) / (getattr(ctx.config, "logits_scaling", None) or 1.0)
         chunk_of_target_N = target_N // CHUNK
@@ -258,9 +280,11 @@ class ChunkedNLL(torch.autograd.Function):
                 grad = torch.where(grad == 0, grad, grad * slope)  # the suppressed column: 0 * inf
             small = grad.to(hidden_ND.dtype)
             grad_hidden += small @ weight_VD[part].to(hidden_ND.dtype)
-            grad_weight[part] = small.T @ hidden_ND
+            if grad_weight is not None:
+                grad_weight[part] = small.T @ hidden_ND
             if grad_bias is not None:
                 grad_bias[part] = grad.sum(0)
+            del logits, slope, grad, small  # or they would stay while the next chunk's are made
         return grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, None, None, None, None
 
 

@@ -6,6 +6,7 @@ parent's `model_type`, `is_causal: false`, `mask_token_id`, and one nested dict 
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -191,6 +192,52 @@ def open_model(
             keys = sorted(str(k) for k in info[what])
             raise ValueError(f"{folder}: {what.replace('_', ' ')} in the weights: {', '.join(keys[:5])}")
     return model, model.config
+
+
+def parent_config(reference: str, *, config: Path | None = None, offline: bool = False) -> Any:
+    """The transformers config of a model reference, or of `config` (a folder, or its config.json): no weights are read.
+
+    ValueError, with the remedy, when it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    if config is None and reference == EMBEDDED:
+        config = embedded_default(offline=offline)
+    path = config or Path(reference).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        raise ValueError(f"{reference} is a GGUF file; give --config with the model's config.json")
+    if config is not None or path.is_dir():
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"there is no {file}; give a folder with the model's config.json, or that file")
+        raw = runtime.read_json(file)
+        try:
+            return AutoConfig.for_model(**raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file} is no config of a model that transformers knows ({error})") from error
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(reference, local_files_only=offline)
+    except Exception as error:  # the Hub client has many; the user's remedy is one
+        raise ValueError(
+            f"{reference!r} is no local folder and its config could not be had from the Hub ({type(error).__name__}: "
+            "unreachable, gated, or not there); give --config FOLDER_OR_JSON with the model's config.json"
+        ) from error
+
+
+def skeleton(config: Any, *, layers: int | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A bidirectional model of this shape, or of its first layers, on the default device: under
+    `torch.device("meta")` or FakeTensorMode it takes no memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    make_bidirectional(config)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_parent_files(folder: Path, gguf: str | None, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

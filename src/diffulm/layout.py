@@ -27,8 +27,8 @@ from .rows import CLEAN, NOISY, Denoiser, Held, NoisedBatch, Pattern, Rows, nois
 from .runtime import generator
 
 __all__ = [
-    "CLEAN", "NOISY", "Annealing", "Block", "Causal", "Denoiser", "Full", "Held", "Layout", "NoisedBatch", "Pattern",
-    "Rows", "layout_from_config", "noise_share", "visible",
+    "CLEAN", "NOISY", "Annealing", "Block", "Causal", "Denoiser", "Full", "Growth", "Held", "Layout", "NoisedBatch",
+    "Pattern", "Rows", "layout_from_config", "noise_share", "visible",
 ]  # fmt: skip
 
 
@@ -130,6 +130,10 @@ class Block:
 
     A plain shift would read the first token of a block from a row that does not see the block, so the source is the
     mask's own row or a launch row. `ar_weight` adds next-token cross-entropy on the clean rows (0: none).
+
+    Blocks and positions count from the start of each packed document, as they do when a text is decoded. A prompt that
+    ends inside a block leaves it partly given; every block has its own noise level and any subset of its tokens may
+    be masked, so training meets that state like any other.
     """
 
     size: int = 8
@@ -146,24 +150,30 @@ class Block:
             raise ValueError(f"ar_weight must not be negative, not {self.ar_weight}")
 
     def groups(self, length: int) -> Tensor:
-        """Block index of each position, (L,)."""
+        """Block index of each position of one document, (L,)."""
         return torch.arange(length) // self.size
+
+    def noise_groups(self, document_BL: Tensor) -> Tensor:
+        """Noise group of each token of packed documents, 0, 1, ... in each sample, int64 (B, L): a level per block."""
+        return (_positions(document_BL) % self.size == 0).cumsum(1) - 1
 
     def training_rows(self, batch: NoisedBatch) -> Rows:
         B, L = batch.x0_BL.shape
         device = batch.x0_BL.device
-        position_L = torch.arange(L, device=device)
-        block_L = position_L // self.size
+        position_BL = _positions(batch.document_BL)
+        # Launch rows: one for each block that does not begin its document, (L - 1) // size at most, the rest padding.
+        opens_BL = (position_BL % self.size == 0) & (position_BL > 0)
+        K = (L - 1) // self.size if self.source == "launch" else 0
+        opens_BK = torch.argsort(~opens_BL, dim=1, stable=True)[:, :K]
+        before_BK = (opens_BK - 1).clamp(min=0)
         # Row order: noisy tokens, launch rows, clean tokens.
-        opens = position_L[self.size :: self.size] if self.source == "launch" else position_L[:0]
-        R = 2 * L + len(opens)
-        clean0 = L + len(opens)
-        launch_of_L = L + block_L - 1  # row of the launch token of a block; block 0 has its own start token
+        R, clean0 = 2 * L + K, L + K
         b, i = batch.noised_BL.nonzero(as_tuple=True)
         if self.source == "own":
             source = i
         else:
-            source = torch.where((i % self.size == 0) & (i > 0), launch_of_L[i], i - 1)
+            launch_BL = L + opens_BL.cumsum(1) - 1  # the launch row of the block that begins here
+            source = torch.where(opens_BL[b, i], launch_BL[b, i], i - 1)
         parts = [b * R + source], [batch.x0_BL[b, i]], [batch.weight_BL[b, i]], [noise_share(batch)[b, i]]
         if self.ar_weight:
             c, j = batch.maskable_BL.nonzero(as_tuple=True)
@@ -172,20 +182,20 @@ class Block:
             for part, more in zip(parts, extra, strict=True):
                 part.append(more)
 
-        def both(x_BL: Tensor, launch_BK: Tensor) -> Tensor:
-            return torch.cat([x_BL, launch_BK, x_BL], 1)
+        def rows_of(x_BL: Tensor, at_BK: Tensor) -> Tensor:
+            return torch.cat([x_BL, x_BL.gather(1, at_BK), x_BL], 1)
 
-        def rows_of(x_L: Tensor, launch_K: Tensor) -> Tensor:
-            return torch.cat([x_L, launch_K, x_L]).expand(B, R)
-
-        noisy = torch.full((L + len(opens),), NOISY, device=device)
+        stream_R = torch.full((R,), NOISY, device=device)
+        stream_R[clean0:] = CLEAN
+        valid = rows_of(batch.valid_BL, before_BK)
+        valid[:, L:clean0] &= opens_BL.gather(1, opens_BK)
         return Rows(
-            ids=torch.cat([batch.ids_BL, batch.x0_BL[:, opens - 1], batch.x0_BL], 1),
-            position=rows_of(position_L, opens - 1),
-            stream=torch.cat([noisy, torch.full((L,), CLEAN, device=device)]).expand(B, R),
-            block=rows_of(block_L, block_L[opens]),
-            document=both(batch.document_BL, batch.document_BL[:, opens - 1]),
-            valid=both(batch.valid_BL, batch.valid_BL[:, opens - 1]),
+            ids=torch.cat([batch.ids_BL, batch.x0_BL.gather(1, before_BK), batch.x0_BL], 1),
+            position=rows_of(position_BL, before_BK),
+            stream=stream_R.expand(B, R),
+            block=rows_of(position_BL // self.size, opens_BK),
+            document=rows_of(batch.document_BL, before_BK),
+            valid=valid,
             source=torch.cat(parts[0]),
             target=torch.cat(parts[1]),
             teacher=None,
@@ -301,6 +311,14 @@ def _rows(
     )
 
 
+def _positions(document_BL: Tensor) -> Tensor:
+    """Position of each token in its own document, int64 (B, L); documents are stretches of one index."""
+    at_BL = torch.arange(document_BL.shape[1], device=document_BL.device).expand_as(document_BL)
+    begins_BL = torch.ones_like(document_BL, dtype=torch.bool)
+    begins_BL[:, 1:] = document_BL[:, 1:] != document_BL[:, :-1]
+    return at_BL - torch.where(begins_BL, at_BL, 0).cummax(1).values
+
+
 @dataclass(frozen=True)
 class Annealing:
     """Attention annealing (arXiv 2410.17891): causal attention opens at random over `steps` steps.
@@ -323,3 +341,20 @@ class Annealing:
             return None
         u = generator(self.seed, step, purpose="anneal").random((length, length))
         return torch.from_numpy(u < ratio)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Block sizes that grow during training, each for an equal share of `steps`; small blocks are nearest the parent.
+
+    A block of one token is the parent's own next-token prediction (arXiv 2512.06776 starts there). However few the
+    steps, the last one has the last size.
+    """
+
+    sizes: tuple[int, ...]
+    steps: int
+
+    def size(self, step: int) -> int:
+        """Tokens per block at a step; steps beyond the last count as the last."""
+        step = min(step, self.steps - 1)
+        return self.sizes[((step + 1) * len(self.sizes) - 1) // self.steps]

@@ -150,6 +150,10 @@ class Held:
         """The first `n` rows of every sample."""
         return cls(*(getattr(rows, f.name)[:, :n] for f in dataclasses.fields(cls)))
 
+    def at(self, index: Any) -> Held:
+        """The same attributes, each tensor indexed."""
+        return Held(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
     def followed_by(self, other: Held) -> Held:
         """These slots, then the other's."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
@@ -166,22 +170,43 @@ def visible(rows: Rows, held: Held | None = None) -> Tensor:
     fresh = Held.of(rows, R)
     key = fresh if held is None else held.followed_by(fresh)
     S = key.position.shape[1] - R
-    key_valid = key.valid
     if S and rows.pattern == "full":
         again = ((key.position[:, :S, None] == rows.position[:, None, :]) & rows.valid[:, None, :]).any(2)
-        key_valid = torch.cat([key_valid[:, :S] & ~again, key_valid[:, S:]], 1)
-    together = (rows.document[:, :, None] == key.document[:, None, :]) & key_valid[:, None, :]
-    causal = key.position[:, None, :] <= rows.position[:, :, None]
-    if rows.pattern == "causal":
-        relation = causal
-    elif rows.pattern == "full":
-        relation = torch.ones_like(together) if rows.annealed is None else causal | rows.annealed
-    else:
-        clean_key = (key.stream == CLEAN)[:, None, :]
-        clean_query = (rows.stream == CLEAN)[:, :, None]
-        key_block, query_block = key.block[:, None, :], rows.block[:, :, None]
-        noisy_sees = torch.where(clean_key, key_block < query_block, key_block == query_block)
-        relation = torch.where(clean_query, clean_key & causal, noisy_sees)
+        key = dataclasses.replace(key, valid=torch.cat([key.valid[:, :S] & ~again, key.valid[:, S:]], 1))
+    everything = slice(None)
+    seen = _sees(rows.pattern, fresh.at((everything, everything, None)), key.at((everything, None)), rows.annealed)
     eye = torch.eye(R, dtype=torch.bool, device=rows.position.device)
-    itself = torch.cat([eye.new_zeros(R, S), eye], 1)
-    return (relation & together) | itself
+    return seen | torch.cat([eye.new_zeros(R, S), eye], 1)
+
+
+def flex_mask(rows: Rows) -> Any:
+    """`visible` as a FlexAttention BlockMask (arXiv 2412.05496): the same relation, asked pair by pair inside the
+    kernel, so that on CUDA no B x R x R tensor is ever made. Tiles of 128 x 128 in which nobody sees anybody are
+    skipped. (On other devices torch lists the tiles from a whole mask; only tests go that way.)
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, R = rows.ids.shape
+    every, pattern, annealed = Held.of(rows, R), rows.pattern, rows.annealed
+
+    def mask_mod(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        later = None if annealed is None else annealed[q, k]
+        return _sees(pattern, every.at((b, q)), every.at((b, k)), later) | (q == k)
+
+    device = rows.ids.device
+    return create_block_mask(mask_mod, B, None, R, R, device=str(device), _compile=device.type == "cuda")
+
+
+def _sees(pattern: Pattern, query: Held, key: Held, annealed: Tensor | None) -> Tensor:
+    """The relation itself, between rows whose attributes broadcast against each other (any row sees itself besides).
+
+    Written once: `visible` asks it of all pairs together, `flex_mask` of one pair at a time.
+    """
+    together = (query.document == key.document) & key.valid
+    causal = key.position <= query.position
+    if pattern == "causal":
+        return together & causal
+    if pattern == "full":
+        return together if annealed is None else together & (causal | annealed)
+    noisy_sees = torch.where(key.stream == CLEAN, key.block < query.block, key.block == query.block)
+    return together & torch.where(query.stream == CLEAN, (key.stream == CLEAN) & causal, noisy_sees)

@@ -14,10 +14,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("diffulm")
+
+T = TypeVar("T")
 
 #: What a seeded uniform is used for. Each purpose has its own stream, so that adding a draw to one
 #: never shifts another (design: one uniform per sample, position, step and purpose).
@@ -75,22 +78,28 @@ class Precision:
 def pick_device(name: str | None = None) -> torch.device:
     """The named device, else CUDA, else CPU. ValueError when the named one is absent.
 
-    Apple's GPU is used only when it is named: it has no float64, in which tokens are drawn, and is untested.
+    Under torchrun "cuda" is one GPU for each process of this node. Apple's GPU is used only when it is named: it has
+    no float64, in which tokens are drawn, and is untested.
     """
     import torch
 
+    if (name is None or name == "cuda") and torch.cuda.is_available():
+        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(
+                f"more processes than GPUs: this node has {there}; start torchrun with --nproc-per-node {there}"
+            )
+        return torch.device("cuda", local)
     if name is None:
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}: use cpu, mps, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but this torch sees no CUDA GPU; use --device cpu")
+    if device.type == "cuda" and under_torchrun()[1] > 1:
+        raise ValueError(f"device {name!r} is one GPU for all processes; use --device cuda, a GPU for each")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' was asked for, but this torch sees no Apple GPU; use --device cpu")
     return device
@@ -172,6 +181,32 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> dict[str, Any]:
+    """Kind of processor, cores this process may use, threads, memory in bytes, GPU (name or None), versions."""
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        names = [x.split(":", 1)[1].strip() for x in facts.read_text().split("\n") if x.startswith("model name")]
+        cpu = names[0] if names else cpu
+    there = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if there else None,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "gpus": torch.cuda.device_count(),
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "datasets")},
+    }
 
 
 def describe_machine() -> str:
@@ -256,6 +291,12 @@ def cache_folder() -> Path:
 # ------------------------------------------------------------------------------------------------ process group
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, answered in order. `code`: 128 + 15, which shells and schedulers say of a death by SIGTERM."""
+
+    code = 143
+
+
 def rank_and_world() -> tuple[int, int]:
     """(rank, world size) of the process group, (0, 1) when there is none."""
     import torch.distributed as dist
@@ -265,19 +306,121 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def under_torchrun() -> tuple[int, int]:
+    """(rank, world size) that torchrun's environment announces, before the group is joined and after it is left."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextlib.contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """Joins the group torchrun describes (NCCL on CUDA, else gloo) for the length of the block; (0, 1) without one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def process_group(device: torch.device | None = None) -> Iterator[tuple[int, int]]:
+    """Joins the group torchrun describes for the length of the block; (0, 1) without torchrun.
+
+    gloo carries what lies on the CPU, NCCL what lies on the GPU (when `device` is one). Within the block only rank 0
+    logs. Of several errors the first one is raised as it is; in the other processes, whose errors only follow from it,
+    it becomes a silent SystemExit, and so does an interrupt in all but rank 0.
+    """
+    rank, world = under_torchrun()
+    if world == 1:
         yield 0, 1
         return
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "gloo"
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    store = dist.PrefixStore(_attempt(), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    level = log.level
+    if rank:
+        log.setLevel(logging.ERROR)
     try:
-        yield rank_and_world()
-        gc.collect()  # a sharded module alive at the end of the group aborts the process, at random
-        dist.barrier()
+        yield rank, world
+    except Exception as error:
+        # The group is left standing: to destroy it would make the others fail, and speak, before this one has spoken.
+        if not _is_first(store):
+            raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
+        if _lost_a_peer(error):
+            raise RuntimeError(
+                "the connection to another process broke; if none of them said why, it was killed (out of memory?)"
+            ) from error
+        raise
+    except KeyboardInterrupt as interrupt:
+        _leave()
+        if rank:
+            raise SystemExit(getattr(interrupt, "code", 130)) from interrupt
+        raise
+    else:
+        _leave()
     finally:
-        dist.destroy_process_group()
+        log.setLevel(level)
+
+
+def _attempt() -> str:
+    """A prefix for the keys of this start of the processes.
+
+    torchrun keeps one store over its restarts, in which processes would find the addresses of dead ones. The count of
+    restarts is each node's own, hence no prefix on many nodes (there a variable gives every start a store of its own:
+    docs/guides/scale.md).
+    """
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else 0}"
+
+
+def _leave() -> None:
+    """The orderly end: all processes together, no sharded module alive (one would abort its process, at random)."""
+    import torch.distributed as dist
+
+    gc.collect()
+    dist.barrier()
+    _waiting.clear()
+    dist.destroy_process_group()
+
+
+def _is_first(store: Any) -> bool:
+    """Whether no other process has failed before; the store is torchrun's and outlives the processes."""
+    try:
+        return bool(store.add("failures", 1) == 1)
+    except Exception:  # torchrun is gone too: better twice than never
+        return True
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process went away."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "connection closed", "nccl"))
+
+
+#: The group in which processes wait for rank 0; made at first use, since every process must take part in making it.
+_waiting: list[Any] = []
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """What `work` returns, which rank 0 alone does while the others wait, however long; pickled on its way to them.
+
+    An error or an interrupt of rank 0 is raised there, and ends the others silently (SystemExit).
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return work()
+    import torch.distributed as dist
+
+    if not _waiting:
+        _waiting.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    message: list[Any] = [None]
+    if rank == 0:
+        try:
+            message = [(0, work())]
+        except BaseException as error:
+            code = 2 if isinstance(error, ValueError) else 1
+            code = getattr(error, "code", 130) if isinstance(error, KeyboardInterrupt) else code
+            dist.broadcast_object_list([(code, None)], group=_waiting[0])
+            raise
+    dist.broadcast_object_list(message, group=_waiting[0])
+    code, value = message[0]
+    if code:
+        raise SystemExit(code)
+    result: T = value
+    return result

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffulm.data.loader import Loader, Mixture, Sequences
-from diffulm.layout import Annealing, Block, Causal, Full, Rows
+from diffulm.layout import Annealing, Block, Causal, Full, Growth, Rows
 from diffulm.process import MaskedDiffusion, stratified_levels
 from diffulm.tokenizer import SpecialTokens
 
@@ -33,6 +33,19 @@ class Texts:
     @property
     def lengths(self) -> np.ndarray:
         return np.array(self.sizes)
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def documents(self) -> int:
+        return len(self.sizes)
+
+    def at(self, position: int) -> tuple[int, int]:
+        ends = np.cumsum(self.lengths + 1)
+        document = int(np.searchsorted(ends, position, side="right"))
+        return document, position - int(ends[document - 1] if document else 0)
 
     def document(self, i: int, start: int = 0, n: int | None = None) -> np.ndarray:
         first = self.first + sum(self.sizes[:i])
@@ -123,7 +136,8 @@ def test_concat_packing_is_the_joined_text_cut(sizes: list[int], length: int) ->
 def test_short_windows_share_sequences_closely() -> None:
     # 1 + 3 + EOS = 5 rows each: two fill a sequence of 10; 9 tokens are a full window.
     sequences = cut([3] * 6 + [9, 8], 10)
-    assert sorted(len(piece) for piece in sequences.pieces) == [1, 1, 1, 2, 2, 2]
+    assert sequences.packing is not None
+    assert sorted(len(list(sequences.packing.pieces(i))) for i in range(6)) == [1, 1, 1, 2, 2, 2]
     assert all(sequences.read(i)[3].sum() in (10, 2) for i in range(6))
 
 
@@ -188,6 +202,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rate": {"form": "rate"},
     "complementary": {"complementary": True},
     "block": {"layout": Block(4, "launch", 0.5)},
+    "complementary blocks": {"layout": Block(4), "complementary": True},
+    "growing blocks": {"layout": Block(8, "launch", 0.5), "growth": Growth((1, 2, 4, 8), 18)},
     "parent": {"layout": Causal(), "process": None},
 }
 
@@ -285,6 +301,46 @@ def test_annealing_hands_the_matrix_of_the_step_to_every_micro_batch() -> None:
     assert all(rows.annealed is None for rows in batches.rows(2) + batches.rows(9))
 
 
+def test_growing_blocks_are_those_of_their_step() -> None:
+    growing = loader(layout=Block(8, "launch"), growth=Growth((1, 4, 8), 9))
+    for n in range(11):
+        fixed = loader(layout=Block((1, 4, 8)[min(2, n // 3)], "launch"))
+        assert all(same(a, b) for a, b in zip(growing.rows(n), fixed.rows(n), strict=True))
+    assert loader(layout=Block(4)).layout_at(3) == Block(4) and loader().layout_at(3) == Full()
+
+
+def test_every_block_of_every_document_has_a_noise_level_of_its_own() -> None:
+    """Blocks count from each document's start; over a global batch their levels are stratified block by block."""
+    sequences = cut([5] * 40, 14)  # behind their start tokens 6 tokens and EOS: blocks of 4 and 3, twice a sequence
+    assert sequences.read(0)[2].tolist() == [0] * 7 + [1] * 7
+    batches = Loader(Mixture([sequences], [1.0], 0), Block(4), PROCESS, 4, 1, 0)
+    for n in range(20):
+        counts = torch.zeros(4, 4, dtype=torch.long)  # (sample, block): masked tokens
+        for b, rows in enumerate(batches.rows(n)):
+            document, block = (getattr(rows, k).reshape(-1)[rows.source] for k in ("document", "block"))
+            counts[b].index_add_(0, document * 2 + block, torch.ones_like(block))
+        sizes = torch.tensor([3, 3, 3, 3])
+        levels = stratified_levels(0, 4 * n, 4, batch=4, groups=4)
+        assert counts.tolist() == (1 + (levels * sizes).floor().long()).tolist()
+        for g in range(4):
+            assert sorted((levels[:, g] * 4).floor().long().tolist()) == [0, 1, 2, 3]
+
+
+def test_complementary_masks_are_complementary_in_every_block() -> None:
+    sequences = cut([11] * 20, 13)
+    batches = Loader(Mixture([sequences], [1.0], 0), Block(4), PROCESS, 8, 8, 0, complementary=True)
+    pairs = whole = 0
+    for n in range(6):
+        rows = batches.rows(n)[0]
+        noised = torch.zeros(8, rows.ids.shape[1], dtype=torch.bool)
+        noised.view(-1)[rows.source] = True
+        for k, block in ((k, block) for k in range(0, 8, 2) for block in range(1, 3)):
+            a, b = (noised[x, 4 * block : 4 * block + 4] for x in (k, k + 1))
+            assert torch.equal(a, ~b) or bool(a.all() and b.all()), "everything noised has no complement"
+            pairs, whole = pairs + 1, whole + int(a.all() and b.all())
+    assert 0 < whole < pairs / 2
+
+
 def test_errors_of_batches() -> None:
     batches = loader(batch=12)
     with pytest.raises(ValueError, match=r"8 processes do not divide a batch of 12; use one of \[1, 2, 3, 4, 6\]"):
@@ -293,6 +349,8 @@ def test_errors_of_batches() -> None:
         loader(batch=7, complementary=True)
     with pytest.raises(ValueError, match="form = 'count'"):
         loader(form="rate", complementary=True)
+    with pytest.raises(ValueError, match="the full layout has no blocks that could grow"):
+        loader(growth=Growth((2, 4), 8))
     for changes in ({"batch": 0}, {"micro_batch": 0}):
         with pytest.raises(ValueError, match="at least 1 sequence"):
             replace(batches, **changes)  # type: ignore[arg-type]

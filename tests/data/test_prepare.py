@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -22,7 +23,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from diffulm.data import sources
+from diffulm.data import estimate as data_estimate
+from diffulm.data import pieces, sources
+from diffulm.data.estimate import describe, estimate
 from diffulm.data.prepare import prepare
 from diffulm.data.sources import Document, Source
 from diffulm.data.split import ngrams
@@ -48,21 +51,34 @@ TEXTS = [f"document {i} is about the {i * i}th token\n" for i in range(60)]
 
 
 class Counting:
-    """A tokenizer that counts the texts it is given."""
+    """A tokenizer that counts the texts that it, or rather its backend, is given."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> None:
         self._tokenizer, self.texts = tokenizer, 0
 
-    def __call__(self, texts: list[str], **options: Any) -> Any:
-        self.texts += len(texts)
-        assert options["add_special_tokens"] is False
-        return self._tokenizer(texts, **options)
+    @property
+    def backend_tokenizer(self) -> Any:
+        return Backend(self)
 
     def __len__(self) -> int:
         return len(self._tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+class Backend:
+    """What Counting shows as its backend."""
+
+    def __init__(self, counter: Counting) -> None:
+        self._counter, self._backend = counter, counter._tokenizer.backend_tokenizer
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        self._counter.texts += len(texts)
+        return self._backend.encode_batch_fast(texts, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
 
 def run(out: Path, *sources: Source, tokenizer: Any = TOKENIZER, **options: Any) -> dict[str, Any]:
@@ -86,6 +102,11 @@ def jsonl(path: Path, texts: list[Any], field: str = "text") -> Source:
 
 
 def files_of(out: Path) -> dict[str, bytes]:
+    """Every file but what the report says about the times of its input."""
+    return {k: v.split(b',\n "asked"')[0] for k, v in raw_files_of(out).items()}
+
+
+def raw_files_of(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
@@ -199,7 +220,8 @@ def test_killed_half_way_then_run_again_equals_uninterrupted(
     assert not (tmp_path / "out/b").exists()
     counting = Counting()
     assert run(tmp_path / "out", *sources, tokenizer=counting) == report
-    assert counting.texts == (len(TEXTS) if documents < 20 else len(TEXTS) - 20)
+    # The killed source was tokenised; only its pieces had to be put together again.
+    assert counting.texts == (len(TEXTS) - 20 if documents < 20 else 0)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
@@ -219,10 +241,162 @@ def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
 
 def test_a_source_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = iter(range(9))
-    monkeypatch.setattr(sources, "_read_topics", lambda: iter([Document("x", f"text {next(reads)}", "")]))
+    monkeypatch.setattr(sources, "read_topics", lambda: iter([Document("x", f"text {next(reads)}", "")]))
     with pytest.raises(ValueError, match="changed while it was read"):
         run(tmp_path / "out", Source("a", "builtin:topics"))
     assert not (tmp_path / "out/prepare.json").exists()
+
+
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A source of eight pieces."""
+    size = sum(len(text.encode()) for text in TEXTS)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", size // 8)
+    return jsonl(tmp_path / "a.jsonl", TEXTS)
+
+
+def test_a_killed_source_goes_on_from_its_finished_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = many(tmp_path, monkeypatch)
+    report = run(tmp_path / "whole", source)
+    real, written = pieces.write_atomic, []
+
+    def write(path: Path, data: bytes) -> None:
+        if len(written) == 3:
+            raise Killed
+        written.append(path)
+        real(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pieces, "write_atomic", write)
+        run(tmp_path / "out", source)
+    kept = sorted((tmp_path / "out").glob(".pieces-a-*/piece-*.npz"))
+    assert kept == written
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert len(times) == 3
+    counting = Counting()
+    assert run(tmp_path / "out", source, tokenizer=counting) == report
+    assert 0.5 * len(TEXTS) < counting.texts < 0.75 * len(TEXTS)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob(".pieces*"))
+
+
+def test_pieces_of_other_text_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = many(tmp_path, monkeypatch)
+    run(tmp_path / "whole", source)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("diffulm.data.prepare.join_pieces", lambda *_: (_ for _ in ()).throw(Killed))
+        run(tmp_path / "out", jsonl(tmp_path / "a.jsonl", TEXTS[::-1]))
+    assert list((tmp_path / "out").glob(".pieces-a-*/*"))
+    run(tmp_path / "out", jsonl(tmp_path / "a.jsonl", TEXTS))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_piece_size_and_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "one", jsonl(tmp_path / "a.jsonl", TEXTS), heldout_fraction=0.2)
+    run(tmp_path / "two", many(tmp_path, monkeypatch), heldout_fraction=0.2, workers=2)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_a_finished_run_is_not_even_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    report = run(tmp_path / "out", source)
+    before = raw_files_of(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("diffulm.data.prepare.scan", lambda *_, **__: pytest.fail("read again"))
+        assert run(tmp_path / "out", source) == report
+        with pytest.raises(ValueError, match="shorter than one window"):
+            run(tmp_path / "out", source, min_window=10**6)
+    os.utime(source.path, ns=(1, 1))  # another time: read, and found to be the same
+    again = run(tmp_path / "out", source)
+    assert again["sources"] == report["sources"]
+    assert {k: v for k, v in raw_files_of(tmp_path / "out").items() if k != "prepare.json"} == {
+        k: v for k, v in before.items() if k != "prepare.json"
+    }
+
+
+# -------------------------------------------------------------------------------------------------- part of a source
+
+
+def test_limits_end_the_reading(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", TEXTS).path
+    size = len(TEXTS[0].encode())
+    for options, expected in (
+        ({"limit_documents": 7}, TEXTS[:7]),
+        ({"limit_bytes": size}, TEXTS[:1]),
+        ({"limit_bytes": size + 1}, TEXTS[:2]),
+        ({"limit_bytes": 10**9, "limit_documents": 10**9}, TEXTS),
+    ):
+        assert [text for _, text in read(tmp_path, path, **options)] == expected
+    (tmp_path / "b.txt").write_text("b")
+    assert len(read(tmp_path, path, more=(str(tmp_path / "b.txt"),), limit_documents=60)) == 60
+    assert len(read(tmp_path, path, more=(str(tmp_path / "b.txt"),), limit_documents=61)) == 61
+    with pytest.raises(ValueError, match="at least 1"):
+        Source("a", path, limit_bytes=0)
+
+
+def test_a_split_of_a_dataset_as_far_as_its_limit(hub: Path) -> None:
+    (hub / "corpus/README.md").write_text(
+        "---\nconfigs:\n- config_name: both\n  data_files:\n  - split: train\n    path: x/train.parquet\n"
+        "  - split: other\n    path: y/train.parquet\n---\n"
+    )
+    run(hub / "out", Source("a", "corpus:both", text_field="body", split="other"))
+    assert sorted(both(hub / "out", "a")) == ["y one", "y two"]
+    run(hub / "few", Source("a", "corpus:", text_field="body", subset="both", split="other", limit_documents=1))
+    assert both(hub / "few", "a") == ["y one"]
+
+
+def test_an_interrupted_stream_goes_on_where_it_was(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text number {i}" for i in range(40)]
+    for part in range(4):
+        parquet(hub / f"corpus/x/part{part}.parquet", texts[part * 10 : part * 10 + 10])
+    (hub / "corpus/README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: x/part*.parquet\n---\n")
+    monkeypatch.setattr(sources, "PART_BYTES", 60)
+    source, cache = Source("a", "corpus:x", text_field="body"), hub / "out/.cache-1"
+    cache.mkdir(parents=True)
+    real, rows = sources.field, []
+
+    def field(row: Any, *rest: Any) -> Any:
+        rows.append(row)
+        if len(rows) == 23:
+            raise Killed
+        return real(row, *rest)
+
+    monkeypatch.setattr(sources, "field", field)
+    with pytest.raises(Killed):
+        sources.open_source(source, cache)
+    again = sources.open_source(source, cache)
+    assert [document.text for document in again()] == texts
+    assert [document.id for document in again()] == [f"corpus:x:{i}" for i in range(40)]
+    assert 40 < len(rows) < 40 + 10, "what was read is not read again"
+    monkeypatch.setattr(sources, "_hub_stream", lambda *_: pytest.fail("asked the Hub again"))
+    assert len(list(sources.open_source(source, cache)())) == 40
+
+
+# ------------------------------------------------------------------------------------------------------- a dry run
+
+
+def test_a_dry_run_counts_and_estimates(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", TEXTS)
+    real = sum(len(TOKENIZER(text)["input_ids"]) for text in TEXTS)
+    whole = estimate([source], TOKENIZER)["a"]
+    assert (whole["documents"], whole["bytes"], whole["tokens"]) == (60, sum(map(len, TEXTS)), real)
+    part = estimate([source], TOKENIZER, sample_bytes=300)["a"]
+    assert part["sampled_bytes"] <= 300 and abs(part["tokens"] / real - 1) < 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_a_dry_run_of_a_dataset_reads_its_beginning(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet(hub / "corpus/x/train.parquet", [f"text {i:04d}" for i in range(1000)])
+    whole = Source("a", "corpus:x", text_field="body")
+    assert estimate([whole], TOKENIZER)["a"]["documents"] == 1000
+    found = estimate([whole], TOKENIZER, sample_bytes=90)["a"]
+    assert (found["documents"], found["tokens"], found["streamed"]) == (None, None, True)
+    assert "does not say" in next(iter(describe("a", found)))
+    monkeypatch.setattr(data_estimate, "hub_size", lambda source: (1000, 123456))
+    found = estimate([whole], TOKENIZER, sample_bytes=90)["a"]
+    assert (found["documents"], found["bytes"]) == (1000, 9000)
+    found = estimate([dataclasses.replace(whole, limit_documents=50)], TOKENIZER, sample_bytes=90)["a"]
+    assert (found["documents"], found["bytes"]) == (50, 450)
+    assert "50 documents" in next(iter(describe("a", found)))
 
 
 # --------------------------------------------------------------------------------------------------------- split
@@ -586,6 +760,16 @@ def test_the_name_of_a_special_token_is_ordinary_text(tmp_path: Path) -> None:
             assert not special & set(ids)
             seen.append(tokenizer.decode(ids))
     assert sorted(seen) == sorted(texts)
+
+
+def test_text_is_encoded_as_transformers_would() -> None:
+    tokenizer = build_tokenizer(mask="<|mask|>")
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    texts = [*TEXTS[:5], "<s> <|mask|></s>", "", "日本 🙂"]
+    ids = pieces.encode_plain(tokenizer, texts)
+    expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ids == expected and max(map(len, ids)) > 3
+    assert tokenizer("<|mask|>")["input_ids"] == [tokenizer.mask_token_id], "its own calls are as before"
 
 
 def test_several_paths_are_one_body_of_text(tmp_path: Path) -> None:

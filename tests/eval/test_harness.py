@@ -95,7 +95,7 @@ def test_the_parent_is_lm_evals_own_model(model: Model, parent: Path, folder: Pa
     for lm in (harness.language_model(mine), Started(pretrained=stock, tokenizer=mine.tokenizer, batch_size=4)):
         (one,) = harness.build(TASKS[name], folder, 0)
         one.set_config("num_fewshot", 0)
-        with harness._quiet():
+        with harness.quiet():
             one.build_all_requests()
             made.append([lm.loglikelihood(one.instances, disable_tqdm=True), one])
     (ours, one), (theirs, _) = made
@@ -369,3 +369,22 @@ def test_what_cannot_be_evaluated(run: Run, checkpoint: Path, parent: Path, fold
     write(tmp_path, "piqa", [long])
     code, out, err = run("eval", checkpoint, "--tasks", "piqa", "--data-dir", tmp_path, *float32)
     assert (code, out) == (2, "") and "the model was trained on 63 behind its start token" in err
+
+
+def test_accuracy_against_draws(model: Model, folder: Path, tmp_path: Path) -> None:
+    """What fewer masks would have said is kept beside the scores, averaged over parts of the same draws, and drawn."""
+    plan = Plan(("piqa", "arc_easy"), folder, draws=65)
+    out = tmp_path / "out"
+    report = evaluate(str(model.name), plan, out=out, dtype="float32")
+    for task in report["tasks"]:
+        assert [point["draws"] for point in task["by_draws"]] == [4, 8, 16, 32, 64]
+        assert all(0 <= point["value"] <= 1 and point["stderr"] >= 0 for point in task["by_draws"])
+    assert "Accuracy against masks an option" in (out / "report.html").read_text()
+    documents = harness.run(harness.language_model(rater(model)), harness.build(TASKS["piqa"], folder, 0), limit=3)
+    assert len(documents) == 3 and all(set(d.fewer) == {4} for d in documents)
+    for document in documents:
+        for draws, metrics in document.fewer.items():
+            sides = [score.fewer[str(draws)] for score in document.scores]
+            gold = [int(min(range(len(sides)), key=lambda o: sides[o][r]) == 0) for r in range(len(sides[0]))]
+            share = sum(gold) / len(gold)
+            assert metrics["acc"] in (share, 1 - share)

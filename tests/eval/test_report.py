@@ -177,6 +177,16 @@ def test_verdict_does_not_sell_noise_or_a_loss_as_a_gain(report, tmp_path, nats,
     assert words in said and "lowered" not in said
 
 
+def test_a_block_model_is_said_to_be_scored_by_blocks(report, tmp_path):
+    report |= {"layout": "block", "block_size": 4, "ar_weight": 0.5}
+    write_report(report, tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "the sum of the bounds of blocks of 4 tokens, each given the clean text before it" in text
+        assert "plus 0.5 times the next-token loss of the clean copy" in text
+        assert "under full attention" not in text and "expect broken sentences" in text
+
+
 def test_verdict_near_and_below_the_parent(report, tmp_path):
     report["after"]["bits_per_byte"] = 1.15
     assert "far from enough" not in verdict(report, tmp_path)

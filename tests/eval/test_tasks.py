@@ -107,7 +107,7 @@ def mmlu_records() -> list[dict[str, Any]]:
 
 def requests(one: Any, *, shots: int = 0, limit: int | None = 1) -> list[Any]:
     one.set_config("num_fewshot", shots)
-    with harness._quiet():
+    with harness.quiet():
         one.build_all_requests(limit=limit)
     return list(one.instances)
 

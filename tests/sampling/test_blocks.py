@@ -30,7 +30,7 @@ from diffulm.sampling import (
     denoise,
 )
 from diffulm.sampling.denoise import regions
-from diffulm.sampling.text import steps_of_a_block
+from diffulm.sampling.text import completions, steps_of_a_block
 
 from ..families import random_model
 from ..toy import LAYOUT as OWN
@@ -219,3 +219,13 @@ def test_full_attention_in_blocks_fills_them_in_turn() -> None:
     revealed = [int(s.revealed.nonzero()[0, 1]) for s in steps]
     assert [sorted(revealed[:2]), sorted(revealed[2:5]), sorted(revealed[5:8])] == [[1, 2], [3, 4, 5], [6, 7, 8]]
     assert canvas.ids.shape[1] == 10
+
+
+def test_a_completion_ends_with_a_whole_block() -> None:
+    """Prompts of 1 to 5 tokens, blocks of 4: each canvas is a multiple of 4 unless the trained length forbids."""
+    prompts = [[3] * n for n in range(1, 6)]
+    for limit, ends in ((100, [8, 8, 12, 12, 12]), (10, [8, 8, 10, 10, 11])):
+        canvas = completions(prompts, 5, SPECIAL, Block(4), limit)
+        assert canvas.valid.sum(1).tolist() == ends
+        assert canvas.editable.sum(1).tolist() == [end - 1 - len(p) for end, p in zip(ends, prompts, strict=True)]
+    assert completions(prompts, 5, SPECIAL, Full(), 100).editable.sum(1).tolist() == [5] * 5

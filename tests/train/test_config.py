@@ -63,6 +63,9 @@ def test_defaults_tables_and_types(tmp_path: Path) -> None:
     assert recipe.eval.infills == (("a", "b", "c"),) and recipe.noise == NoiseConfig()
 
 
+BLOCKS = "[model]\nlayout = 'block'\nsource = 'own'\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -93,6 +96,17 @@ def test_defaults_tables_and_types(tmp_path: Path) -> None:
         ),
         ("[noise]\nar_weight = 1.0", "noise.ar_weight needs clean rows"),
         ("[model]\nlayout = 'block'\n[train]\nannealing = 0.1", "train.annealing opens causal attention"),
+        ("[train]\nblock_sizes = [4, 8]", "train.block_sizes needs blocks: set model.layout = 'block'"),
+        (
+            BLOCKS + "block_size = 8\n[train]\nblock_sizes = [4, 4, 8]",
+            "must grow from at least 1 token, as in [4, 8, 16]",
+        ),
+        (BLOCKS + "block_size = 8\n[train]\nblock_sizes = [16, 8]", "train.block_sizes must grow"),
+        (BLOCKS + "block_size = 8\n[train]\nblock_sizes = [0, 8]", "train.block_sizes must grow"),
+        (BLOCKS + "block_size = 8\n[train]\nblock_sizes = [2, 4]", "ends with 4 but model.block_size is 8"),
+        (BLOCKS + "[train]\nblock_sizes = [2, 4]", "model.block_size is not set: the model is evaluated and decoded"),
+        (BLOCKS + "block_size = 8\n[train]\nblock_sizes = [2.5, 8]", "train.block_sizes[0] must be of type int"),
+        (BLOCKS + "block_size = 1024", "model.block_size = 1024 is more than data.length = 512"),
         ("[train\nsteps = 3", "is not valid TOML"),
     ],
 )
@@ -101,6 +115,13 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         load_recipe(path)
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_blocks_that_grow(tmp_path: Path) -> None:
+    text = BLOCKS + "block_size = 16\n[train]\nblock_sizes = [1, 4, 16]\n[noise]\nar_weight = 0.5\ncomplementary = true"
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.train.block_sizes == (1, 4, 16) and recipe.model.block_size == 16
+    assert from_dict(Recipe, without_none(json.loads(json.dumps(to_dict(recipe))))) == recipe
 
 
 def test_a_recipe_that_is_not_there_and_one_that_is_no_text(tmp_path: Path) -> None:

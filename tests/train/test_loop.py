@@ -19,11 +19,15 @@ from torch import Tensor
 from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Annealing, Full, Rows, visible
 from diffulm.objective import diffusion_loss
-from diffulm.train import loop
+from diffulm.runtime import Terminated
+from diffulm.train import budget as budget_module
+from diffulm.train import loop, step
+from diffulm.train.budget import TIMED_MICRO, WARM_UP_MICRO, Budget, find_budget, plan_budget
 from diffulm.train.config import TrainConfig
-from diffulm.train.loop import Budget, Progress, find_budget, plan_budget, train_step
+from diffulm.train.loop import Progress
 from diffulm.train.metrics import Metrics, read_metrics
-from diffulm.train.optim import WSD_DECAY, build_optimizer, learning_rate
+from diffulm.train.optim import WSD_DECAY, build_optimizers, learning_rate
+from diffulm.train.step import train_step
 
 from .tiny import CONFIG, LENGTH, SPECIAL, make_denoiser, make_loader, numbers, run, same_weights, weights
 
@@ -34,7 +38,7 @@ def gradients(denoiser: HFDenoiser, micros: list[Rows], normalisation: str = "ne
     """(loss, gradients) of one step at rate 0 without clipping; nothing moves."""
     config = replace(CONFIG, clip=1e9)
     optimizer = torch.optim.SGD(denoiser.parameters(), lr=0.0)
-    done = train_step(denoiser, optimizer, micros, 0, 0.0, config, normalisation)
+    done = train_step(denoiser, [optimizer], micros, 0, 0.0, config, normalisation)
     assert done is not None
     return done[0], [p.grad.clone() for p in denoiser.parameters() if p.grad is not None]
 
@@ -47,13 +51,13 @@ def gradients(denoiser: HFDenoiser, micros: list[Rows], normalisation: str = "ne
 def test_accumulation_changes_nothing(family: str, normalisation: str) -> None:
     """1 x 8 = 8 x 1 = uneven parts, with samples of very different maskable counts, in float64."""
     denoiser = make_denoiser(family=family)
-    whole = make_loader(replace(CONFIG, micro_batch=8)).rows(1)
-    counts = {rows.maskable for rows in make_loader(replace(CONFIG, micro_batch=1)).rows(1)}
-    assert len(counts) > 1, "the samples must differ for the test to say anything"
+    singles = make_loader(replace(CONFIG, micro_batch=1))
+    n = next(n for n in range(9) if len({rows.maskable for rows in singles.rows(n)}) > 1)
+    whole = make_loader(replace(CONFIG, micro_batch=8)).rows(n)
     loss, expected = gradients(denoiser, whole, normalisation)
     assert len(expected) > 10 and any(g.abs().max() > 1e-3 for g in expected)
     for micro in (1, 3, 4):
-        other_loss, other = gradients(denoiser, make_loader(replace(CONFIG, micro_batch=micro)).rows(1), normalisation)
+        other_loss, other = gradients(denoiser, make_loader(replace(CONFIG, micro_batch=micro)).rows(n), normalisation)
         assert other_loss == pytest.approx(loss, rel=1e-12)
         for a, b in zip(expected, other, strict=True):
             assert (a - b).abs().max() < 1e-10
@@ -100,25 +104,79 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope, rel=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update() -> None:
+def spoil(at: set[int]) -> Any:
+    """A `diffusion_loss` whose value is NaN in the second micro-batch of these steps (counted from 1)."""
+    calls: list[int] = []
+
+    def spoilt(denoiser: HFDenoiser, rows: Rows, **more: Any) -> Any:
+        calls.append(1)
+        loss = diffusion_loss(denoiser, rows, **more)
+        number, micro = divmod(len(calls) - 1, 2)
+        return replace(loss, sum=loss.sum * math.nan) if micro and number + 1 in at else loss
+
+    return spoilt
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Steps 2, 4 and 5 of 8 move neither weights nor moments; a resume in between keeps the count."""
+    bad, steps = {2, 4, 5}, []
+    real = step.train_step
+
+    def note(denoiser: HFDenoiser, *arguments: Any) -> Any:
+        before = weights(denoiser)
+        done = real(denoiser, *arguments)
+        steps.append(same_weights(before, denoiser))
+        return done
+
+    monkeypatch.setattr(loop, "train_step", note)
+    monkeypatch.setattr(step, "diffusion_loss", spoil(bad))
+    run(tmp_path / "a", replace(CONFIG, max_skipped=3))
+    assert [k + 1 for k, still in enumerate(steps) if still] == sorted(bad)
+    rows = read_metrics(tmp_path / "a")
+    assert [r["skipped"] for r in rows] == [0, 1, 1, 2, 3, 3, 3, 3]
+    assert (
+        [r["step"] for r in rows if r["loss"] is None] == [2, 4, 5] == [r["step"] for r in rows if not r["grad_norm"]]
+    )
+    assert "NaN" not in (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert "step 5 skipped: its loss or gradient is not finite (2 in a row)" in caplog.text
+    monkeypatch.setattr(step, "diffusion_loss", spoil(bad))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", report=send(signal.SIGINT, 4))
+    monkeypatch.setattr(step, "diffusion_loss", spoil({1}))  # the fifth step is the first of this process
+    run(tmp_path / "b")
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    assert "step 5 skipped: its loss or gradient is not finite (2 in a row)" in caplog.text.split("resuming")[-1]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "diffusion_loss", spoil({1, 3, 4, 5}))
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row \(3 to 5\), and no weight moved; lower"):
+        run(tmp_path, replace(CONFIG, max_skipped=3))
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_infinite_weights_are_noticed() -> None:
     denoiser = make_denoiser("float32")
-    optimizer = build_optimizer(denoiser, CONFIG)
+    optimizers = build_optimizers(denoiser, CONFIG)
     with torch.no_grad():
         next(denoiser.parameters())[5] = math.inf
     before = weights(denoiser)
-    with pytest.raises(FloatingPointError, match=r"step 4 is not finite; lower train.learning_rate or train.clip"):
-        train_step(denoiser, optimizer, make_loader().rows(0), 3, 1e-3, CONFIG)
-    assert same_weights(before, denoiser) and not optimizer.state
+    done = train_step(denoiser, optimizers, make_loader().rows(0), 3, 1e-3, CONFIG)
+    assert done is not None and not done.finite
+    assert same_weights(before, denoiser) and not optimizers[0].state
 
 
 def test_clipping_and_decay() -> None:
     denoiser = make_denoiser()
-    groups = build_optimizer(denoiser, CONFIG).param_groups
+    (optimizer,) = build_optimizers(denoiser, CONFIG)
+    groups = optimizer.param_groups
     assert {p.ndim for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
     assert {p.ndim for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
     assert sum(len(g["params"]) for g in groups) == len(list(denoiser.parameters()))
     done = train_step(
-        denoiser, torch.optim.SGD(denoiser.parameters()), make_loader().rows(0), 0, 0.0, replace(CONFIG, clip=0.01)
+        denoiser, [torch.optim.SGD(denoiser.parameters())], make_loader().rows(0), 0, 0.0, replace(CONFIG, clip=0.01)
     )
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in denoiser.parameters() if p.grad is not None))
     assert done is not None and done[1] > 0.01 and norm == pytest.approx(0.01, rel=1e-3)
@@ -163,12 +221,12 @@ def test_minutes_are_timed_once_and_change_no_weight(tmp_path: Path, monkeypatch
     before = weights(denoiser)
     config = replace(CONFIG, steps=None, minutes=0.5)
     micros = []
-    real = loop.diffusion_loss
-    monkeypatch.setattr(loop, "diffusion_loss", lambda d, rows, **k: micros.append(rows) or real(d, rows, **k))
+    real = budget_module.diffusion_loss
+    monkeypatch.setattr(budget_module, "diffusion_loss", lambda d, rows, **k: micros.append(rows) or real(d, rows, **k))
     budget = plan_budget(
         tmp_path, lambda: find_budget(config, make_loader(), denoiser, length=LENGTH, device=CPU)
     )  # fmt: skip
-    assert len(micros) == loop.WARM_UP_MICRO + loop.TIMED_MICRO
+    assert len(micros) == WARM_UP_MICRO + TIMED_MICRO
     assert same_weights(before, denoiser) and all(p.grad is None for p in denoiser.parameters())
     assert budget.tokens_per_second is not None and budget.tokens_per_step == 128
     assert budget.steps == round(0.5 * 60 * budget.tokens_per_second / 128)
@@ -256,8 +314,9 @@ def send(number: int, at: int) -> Callable[[Progress], None]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_keeps_the_last_completed_step(tmp_path: Path, number: int) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(tmp_path / "a", report=send(number, 5))
+    assert (caught.type is Terminated) == (number == signal.SIGTERM)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before, "handlers are put back"
     assert [p.name for p in sorted((tmp_path / "a").glob("step-*"))] == ["step-00000005"]
     assert [r["step"] for r in read_metrics(tmp_path / "a")] == [1, 2, 3, 4, 5]
@@ -278,7 +337,7 @@ def test_an_interruption_inside_a_step_leaves_the_step_undone(
         return diffusion_loss(denoiser, rows, **more)
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "diffusion_loss", noticed)
+        patch.setattr(step, "diffusion_loss", noticed)
         run(tmp_path / "a")
     assert len(calls) == 7 and (tmp_path / "a" / "step-00000003").is_dir()
     assert "a checkpoint follows" in caplog.text
@@ -301,7 +360,7 @@ def test_an_interruption_before_the_first_step_writes_no_checkpoint(
         return diffusion_loss(*a, **k)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "diffusion_loss", at_once)
+        patch.setattr(step, "diffusion_loss", at_once)
         run(tmp_path / "a")
     assert not list((tmp_path / "a").glob("step-*"))
     assert same_weights(run(tmp_path / "a"), run(tmp_path / "b"))

@@ -15,9 +15,10 @@ from diffulm.layout import Full
 from diffulm.process import MaskedDiffusion
 from diffulm.runtime import parse_precision
 from diffulm.tokenizer import SpecialTokens
+from diffulm.train.budget import Budget
 from diffulm.train.config import TrainConfig
-from diffulm.train.loop import Budget, train
-from diffulm.train.metrics import read_metrics
+from diffulm.train.loop import train
+from diffulm.train.metrics import CLOCK, read_metrics
 
 from ..conftest import tiny_config
 
@@ -28,8 +29,6 @@ VOCABULARY = 48
 LENGTH = 16
 SPECIAL = SpecialTokens(bos=0, eos=1, pad=1, mask=VOCABULARY - 1)
 CONFIG = TrainConfig(batch=8, micro_batch=4, learning_rate=1e-2, warmup=0.25, weight_decay=0.1, steps=8, seed=3)
-#: Keys of a metrics record that a clock decides.
-CLOCK = ("seconds", "tokens_per_second")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The command line: one function per verb, its flags from the signature, heavy imports inside.
 
-Exit code 0 done, 1 failed, 2 bad usage or input, 130 interrupted (the same command resumes where it says so).
+Exit code 0 done, 1 failed, 2 bad usage or input, 130 interrupted, 143 ended by SIGTERM while training (the same command
+resumes where it says so).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Callable
 
 import tyro
 
+from .bench import bench
+from .chat import chat
 from .evaluation import evaluate
 from .flags import find_recipe
+from .plan import doctor, plan
 from .text import generate, infill
 from .training import adapt, convert, export, prepare, train
 
@@ -29,7 +33,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "infill": infill,
+    "chat": chat,
     "export": export,
+    "bench": bench,
+    "plan": plan,
+    "doctor": doctor,
 }
 #: Verbs that go on where they were interrupted; eval does where it was given a folder.
 RESUMING = ("adapt", "train", "prepare")
@@ -74,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"diffulm {verb}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         # An interrupt that passed through `exec` of a string (namedtuple, dataclass: any import) leaves CPython's
         # "unhandled" flag set though we caught it, and `python -m` would die of SIGINT in place of exiting 130. The
         # next `exec` clears the flag.
@@ -84,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             + ("; the same command resumes" if verb in RESUMING or {"eval", "--out"} <= {*arguments} else ""),
             file=sys.stderr,
         )
-        return 130
+        return getattr(interrupt, "code", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

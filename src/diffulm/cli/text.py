@@ -23,6 +23,7 @@ def generate(
     seed: int = 0,
     block: int | None = None,
     cache: Literal["none", "prefix", "dual"] = "none",
+    guidance: float | None = None,
     watch: bool = False,
     adapter: str | None = None,
     device: str | None = None,
@@ -48,6 +49,8 @@ def generate(
         seed: Seed of all draws.
         block: Tokens filled together, block after block (default: the checkpoint's own; with a cache, 32).
         cache: prefix or dual keep what stands outside the block, approximately (full attention); none: exact.
+        guidance: Scale of guidance by the prompt: 1 is none, more follows it closer, at two forwards a step (full
+            attention, no cache).
         watch: Show the denoising (on stderr).
         adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
         device: cpu, cuda or mps.
@@ -63,7 +66,7 @@ def generate(
     with Watching(loaded, watch) as view:
         text = job(
             loaded, prompt, max_tokens=max_tokens, steps=steps, policy=policy, temperature=temperature, top_k=top_k,
-            top_p=top_p, stop=stop, seed=seed, block=block, cache=cache, watch=view,
+            top_p=top_p, stop=stop, seed=seed, block=block, cache=cache, guidance=guidance, watch=view,
         )  # fmt: skip
     assert isinstance(text, str)
     if json:
@@ -87,6 +90,7 @@ def infill(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    guidance: float | None = None,
     watch: bool = False,
     adapter: str | None = None,
     device: str | None = None,
@@ -112,6 +116,8 @@ def infill(
         top_k: Draw among the k most probable tokens.
         top_p: Draw among the most probable tokens that hold this much probability.
         seed: Seed of all draws.
+        guidance: Scale of guidance by the given text: 1 is none, more follows it closer, at two forwards a step (full
+            attention).
         watch: Show the denoising (on stderr).
         adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
         device: cpu, cuda or mps.
@@ -127,7 +133,7 @@ def infill(
     with Watching(loaded, watch) as view:
         filled = job(
             loaded, text, length=length, max_length=max_length, must=must, must_not=must_not, steps=steps,
-            policy=policy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, watch=view,
+            policy=policy, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, guidance=guidance, watch=view,
         )  # fmt: skip
     if json:
         print_json({

@@ -75,30 +75,47 @@ def run_adapt(recipe: Recipe, out: Path, *, control: bool, device: str | None, o
     """`adapt` with live progress and a table at the end."""
     from rich.console import Console
 
-    from ..adapt import adapt as job
-    from ..eval.report import summary
     from ..render import progress_line
+    from ..runtime import under_torchrun
 
     console = Console(stderr=as_json, highlight=False)
+    first = under_torchrun()[0] == 0  # of several processes one speaks
     last: dict[str, int] = {}
 
     def on_step(arm: str, p: Any) -> None:
         line = "  " + progress_line(
             step=p.step, steps=p.steps, tokens=p.tokens, tokens_per_second=p.tokens_per_second, loss=p.loss, left=p.left
-        ) + (f"  held-out {p.heldout:.3f}" if p.heldout is not None else "")  # fmt: skip
+        )  # fmt: skip
+        line += f"  epoch {p.epoch:.2f}" if p.epoch > 1 else ""
+        line += f"  held-out {p.heldout:.3f}" if p.heldout is not None else ""
         if console.is_terminal:
-            console.print(line, end="\n" if p.heldout is not None or p.step == p.steps else "\r")
+            console.print(line, end="\n" if p.heldout is not None or p.step == p.steps else "\r", soft_wrap=True)
         elif p.heldout is not None or p.step == p.steps or p.step - last.get(arm, -99) >= 10:
-            console.print(line)
+            console.print(line, soft_wrap=True)
             last[arm] = p.step
 
     command = "diffulm " + " ".join(shlex.quote(a) for a in sys.argv[1:])
-    report = job(
-        recipe, out, command=command, control=control, offline=offline, device=device,
-        say=lambda s: console.print(s, markup=False, soft_wrap=True), on_step=on_step,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "command": command, "offline": offline, "device": device, "on_step": on_step,
+        "say": lambda s: console.print(s, markup=False, soft_wrap=True),
+    }  # fmt: skip
+    if recipe.task == "sft":
+        from ..answers import summary as lines
+        from ..sft import sft
+
+        report = sft(recipe, out, **common)
+    else:
+        from ..adapt import adapt as job
+        from ..eval.report import summary
+
+        report = job(recipe, out, control=control, **common)
+    if not first:
+        return
     if as_json:
         print(json.dumps(report))
+    elif recipe.task == "sft":
+        console.print(lines(report), markup=False)
+        console.print(f"report: {out / 'report.md'}   result: {report['model']}", markup=False, soft_wrap=True)
     else:
         console.print(summary(report))
         console.print(f"report: {out / 'report.html'}   model: {out / 'model'}", markup=False)
@@ -150,12 +167,17 @@ def prepare(
     text: Texts,
     /,
     *,
-    out: Path,
     tokenizer: str,
+    out: Path | None = None,
     text_field: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    limit_documents: int | None = None,
+    limit_bytes: int | None = None,
     heldout: float = 0.05,
     strict: bool = False,
     workers: int = 1,
+    dry_run: bool = False,
     json: bool = False,
 ) -> None:
     """Turn text into token shards, with a held-out split by document.
@@ -164,15 +186,21 @@ def prepare(
 
     Args:
         text: txt, jsonl, parquet, folder, Hub data set, builtin:topics or builtin:stdlib.
-        out: Folder for the shards.
+        out: Folder for the shards (a dry run needs none).
         tokenizer: Model whose tokenizer is used (folder, GGUF file, embedded default or Hub id).
         text_field: Field that holds the text (jsonl, parquet, data sets).
+        subset: Configuration of a Hub data set.
+        split: Split of a Hub data set.
+        limit_documents: Documents after which reading ends.
+        limit_bytes: UTF-8 bytes of text after which reading ends.
         heldout: Share of documents held out.
         strict: Refuse invalid UTF-8 instead of replacing and counting it.
         workers: Processes.
+        dry_run: Only say how many documents, bytes and tokens there are, and how long it would take.
         json: Print the statistics as JSON.
     """
     from .. import hub
+    from ..data.estimate import describe, estimate
     from ..data.prepare import prepare as job
     from ..data.sources import Source
     from ..tokenizer import load_tokenizer
@@ -181,7 +209,17 @@ def prepare(
         raise ValueError("there is no text; give at least one file, folder or data set")
     folder, gguf = hub.resolve(tokenizer)
     loaded = load_tokenizer(folder, **({"gguf_file": gguf} if gguf else {}))
-    sources = [Source("text", text[0], text_field=text_field, more=tuple(text[1:]))]
+    source = Source(
+        "text", text[0], text_field=text_field, more=tuple(text[1:]), subset=subset, split=split,
+        limit_documents=limit_documents, limit_bytes=limit_bytes,
+    )  # fmt: skip
+    if dry_run:
+        found = estimate([source], loaded, workers=workers)
+        print_json(found) if json else print("\n".join(describe("text", found["text"])))
+        return
+    if out is None:
+        raise ValueError("there is no folder to write to; give --out FOLDER, or --dry-run to write nothing")
+    sources = [source]
     report = job(sources, loaded, out, heldout_fraction=heldout, strict=strict, workers=workers)
     if json:
         print_json(report)
@@ -209,6 +247,8 @@ def train(
     """Run a recipe: convert, prepare, train the diffusion arm, score; no control arm. Resumes exactly.
 
     Example: diffulm train recipes/smollm2-cpu.toml --minutes 5 --out runs/mine
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m diffulm train RECIPE --out DIR (docs/guides/scale.md).
 
     Args:
         recipe: Recipe file, or the name of a shipped one.

@@ -5,29 +5,26 @@ The only file that imports `datasets`.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import gzip
+import hashlib
 import itertools
 import json
-import os
+import platform
 import re
-import sysconfig
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from ..runtime import read_json, write_atomic
+from .files import SUFFIXES, Document, field, read_file, read_stdlib, read_topics, walk
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from datasets import Dataset, IterableDataset
 
-_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-_STDLIB_SKIPPED = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
-)
-_STDLIB_CHARACTERS = range(300, 200_001)
+#: Bytes of streamed text after which a part is written: what an interruption costs at most.
+PART_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,11 @@ class Source:
     """One body of text.
 
     `path`: `builtin:topics`, `builtin:stdlib`, a .txt or .jsonl file (also .gz), a .parquet file, a folder of those,
-    or a Hub dataset as `name` or `name:config` (its train split). `weight` is the share the loader draws, relative to
+    or a Hub dataset as `name` or `name:subset`, which is streamed. `weight` is the share the loader draws, relative to
     the other sources. `exclude` are fnmatch patterns on document ids: the path inside the folder for .txt,
     `path:line` for .jsonl (from 1), `path:row` for tables (from 0), the topic, the path inside the standard library.
-    `more` are further paths of the same body of text: one split, one share.
+    `more` are further paths of the same body of text: one split, one share. `subset` and `split` choose from a Hub
+    dataset. Reading ends with the document that reaches `limit_documents` or `limit_bytes` (UTF-8 bytes of text).
     """
 
     name: str
@@ -47,117 +45,36 @@ class Source:
     text_field: str = "text"
     exclude: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
+    subset: str | None = None
+    split: str = "train"
+    limit_documents: int | None = None
+    limit_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if any(limit is not None and limit < 1 for limit in (self.limit_documents, self.limit_bytes)):
+            raise ValueError(f"source {self.name!r}: a limit of text must be at least 1, or left out")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
             raise ValueError(f"source name {self.name!r} becomes a folder: use letters, digits, - and _ only")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"source {self.name!r} has weight {self.weight}: use a finite number above 0, or drop it")
 
 
-class Document(NamedTuple):
-    """`problem` says where the text was not valid UTF-8 (it then holds U+FFFD there); empty when it was."""
-
-    id: str
-    text: str
-    problem: str
-
-
-def _decode(data: bytes, where: str, start: int = 0) -> tuple[str, str]:
-    """(text, problem) of UTF-8 bytes that begin at byte `start` of `where` (decompressed)."""
-    try:
-        return data.decode("utf-8"), ""
-    except UnicodeDecodeError as error:
-        return data.decode("utf-8", errors="replace"), f"{where} is not valid UTF-8 at byte {start + error.start}"
-
-
-def _field(row: Any, key: str, where: str) -> tuple[str, str]:
-    """(text, problem) of one field of a row; a null is an empty text; ValueError when it is no text at all."""
-    if not isinstance(row, dict) or key not in row:
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{where} has no field {key!r} (found: {found}); set the source's text_field")
-    text = "" if row[key] is None else row[key]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {key!r} is {type(text).__name__}, not text; set the source's text_field")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, UTF-8 cannot
-        repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return repaired, f"{where} holds half a surrogate pair"
-    return text, ""
-
-
-def _walk(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str] = frozenset()) -> list[tuple[str, Path]]:
-    """(posix path inside root, file) of every file with one of the suffixes, sorted; hidden ones are left out."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths]
-    return sorted(found)
-
-
-def _read_topics() -> Iterator[Document]:
-    from pydoc_data.topics import topics
-
-    yield from (Document(key, topics[key], "") for key in sorted(topics))
-
-
-def _read_stdlib() -> Iterator[Document]:
-    for name, path in _walk(Path(sysconfig.get_path("stdlib")), (".py",), _STDLIB_SKIPPED):
-        # _sysconfigdata is no source: the build writes it, with this machine's paths in it.
-        if path.name.startswith("_sysconfigdata"):
-            continue
-        text, problem = _decode(path.read_bytes(), name)
-        if len(text) in _STDLIB_CHARACTERS:
-            yield Document(name, text, problem)
-
-
-def _read_file(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    """The documents of one .txt or .jsonl file, compressed or not. Line ends inside a text stay as they are."""
-    try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            if name.lower().endswith((".txt", ".txt.gz")):
-                yield Document(name, *_decode(file.read().removeprefix(codecs.BOM_UTF8), str(path)))
-            else:
-                yield from _read_lines(name, path, file, text_field)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no whole gzip file ({error}); fetch or compress it again") from error
-
-
-def _read_lines(name: str, path: Path, file: Iterable[bytes], text_field: str) -> Iterator[Document]:
-    start = 0  # of the line in the file, bytes
-    for number, line in enumerate(file, 1):  # a binary file breaks lines at \n only: U+2028 and \r stay text
-        where = f"{path}, line {number},"
-        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        decoded, problem = _decode(content, where, start + len(line) - len(content))
-        start += len(line)
-        if not decoded.strip():
-            continue
-        try:
-            row = json.loads(decoded)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not valid JSON ({error}); repair or remove the line") from error
-        text, surrogate = _field(row, text_field, where)
-        yield Document(f"{name}:{number}", text, problem or surrogate)
-
-
 def _read_table(name: str, table: Dataset, text_field: str) -> Iterator[Document]:
     if text_field not in table.column_names:
-        _field(dict.fromkeys(table.column_names), text_field, name)  # raises
+        field(dict.fromkeys(table.column_names), text_field, name)  # raises
     for number, row in enumerate(table.select_columns([text_field])):
-        yield Document(f"{name}:{number}", *_field(row, text_field, f"{name}, row {number}"))
+        yield Document(f"{name}:{number}", *field(row, text_field, f"{name}, row {number}"))
 
 
-def _open_hub(source: Source, cache: Path) -> Dataset:
-    """The train split of a Hub dataset. ValueError when the path is a file that is not there, or nothing loads."""
+def _hub_stream(source: Source) -> IterableDataset:
+    """A Hub dataset, read over the network as it goes. ValueError: a path that is not there, or nothing loads."""
     from datasets import load_dataset
 
-    if source.path.lower().endswith(_SUFFIXES) or source.path.startswith(("/", ".", "~")):
+    if source.path.lower().endswith(SUFFIXES) or source.path.startswith(("/", ".", "~")):
         raise ValueError(f"source {source.name!r}: there is no file or folder {source.path}")
-    name, _, config = source.path.partition(":")
+    name, _, subset = source.path.partition(":")
     try:
-        return load_dataset(name, config or None, split="train", cache_dir=str(cache))
+        return load_dataset(name, source.subset or subset or None, split=source.split, streaming=True)
     except Exception as error:  # the Hub's client raises many kinds, most of them not about this path
         raise ValueError(
             f"source {source.name!r}: {source.path!r} is neither here nor, as a Hub dataset, could be loaded "
@@ -165,23 +82,138 @@ def _open_hub(source: Source, cache: Path) -> Dataset:
         ) from error
 
 
+def head_of_stream(source: Source) -> Iterator[str]:
+    """The texts of a source's Hub datasets, read over the network as they are asked for, up to its limits."""
+
+    def documents() -> Iterator[Document]:
+        for path in (source.path, *source.more):
+            for row in _hub_stream(replace(source, path=path, more=())):
+                yield Document("", *field(row, source.text_field, path))
+
+    return (document.text for document in _limited(source, documents))
+
+
+def hub_size(source: Source) -> tuple[int, int] | None:
+    """(rows, bytes) that a Hub dataset says it has; None where it does not say."""
+    info = _hub_stream(source).info
+    split = (info.splits or {}).get(source.split)
+    return (split.num_examples, split.num_bytes) if split and split.num_examples else None
+
+
+def _spool(source: Source, folder: Path) -> Path:
+    """The text of a Hub dataset as parts of compressed lines on disk, since it is read more than once.
+
+    The dataset's own position is stored after each part, so that an interrupted download goes on behind it.
+    """
+    here = folder / f".stream-{source.name}-{_digest(source)}"
+    here.mkdir(exist_ok=True)
+    state: dict[str, Any] = {"parts": 0, "rows": 0, "bytes": 0, "done": False, "position": None}
+    if (here / "state.json").is_file():
+        state = read_json(here / "state.json")
+    if state["done"]:
+        return here
+    stream = _hub_stream(source)
+    if state["position"]:
+        stream.load_state_dict(state["position"])
+    lines: list[bytes] = []
+    size = 0
+
+    def write(done: bool) -> None:
+        nonlocal size
+        write_atomic(here / f"part-{state['parts']:06d}.jsonl.gz", gzip.compress(b"".join(lines), 1))
+        state.update(parts=state["parts"] + 1, done=done, position=None if done else stream.state_dict())
+        write_atomic(here / "state.json", json.dumps(state))
+        lines.clear()
+        size = 0
+
+    for row in stream:
+        text, problem = field(row, source.text_field, f"{source.path}, row {state['rows']},")
+        lines.append(json.dumps([text, problem]).encode() + b"\n")
+        n = len(text.encode())
+        state.update(rows=state["rows"] + 1, bytes=state["bytes"] + n)
+        size += n
+        if _reached(source, state["rows"], state["bytes"]):
+            break
+        if size >= PART_BYTES:
+            write(False)
+    write(True)
+    return here
+
+
+def _read_spool(source: Source, folder: Path) -> Iterator[Document]:
+    row = 0
+    for path in sorted(folder.glob("part-*.jsonl.gz")):
+        with gzip.open(path, "rb") as file:
+            for line in file:
+                text, problem = json.loads(line)
+                yield Document(f"{source.path}:{row}", text, problem)
+                row += 1
+
+
+def _reached(source: Source, documents: int, n_bytes: int) -> bool:
+    limits = (source.limit_documents, documents), (source.limit_bytes, n_bytes)
+    return any(limit is not None and so_far >= limit for limit, so_far in limits)
+
+
+def _limited(source: Source, read: Callable[[], Iterator[Document]]) -> Iterator[Document]:
+    if source.limit_documents is None and source.limit_bytes is None:
+        yield from read()
+        return
+    n_bytes = 0
+    for documents, document in enumerate(read(), 1):
+        yield document
+        n_bytes += len(document.text.encode())
+        if _reached(source, documents, n_bytes):
+            return
+
+
+def _digest(source: Source) -> str:
+    """What decides which rows of a Hub dataset are read, in 12 hex digits."""
+    parts = (source.path, source.subset, source.split, source.text_field, source.limit_documents, source.limit_bytes)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def is_stream(path: str) -> bool:
+    """Whether a source's path leads to the Hub."""
+    return not path.startswith("builtin:") and not Path(path).exists()
+
+
+def stamp(source: Source) -> list[Any]:
+    """What tells cheaply that a source is still what it was: names, sizes and times of its files, Python's version
+    for what it carries, the choice of rows for a Hub dataset (whose content is taken as fixed)."""
+    found: list[Any] = [_digest(source), list(source.exclude)]
+    for name in (source.path, *source.more):
+        path = Path(name)
+        if name.startswith("builtin:"):
+            found.append([name, platform.python_version()])
+        elif path.exists():
+            files = walk(path, SUFFIXES) if path.is_dir() else [(path.name, path)]
+            found.append([[key, (facts := file.stat()).st_size, facts.st_mtime_ns] for key, file in files])
+        else:
+            found.append(name)
+    return found
+
+
 def open_source(source: Source, cache: Path) -> Callable[[], Iterator[Document]]:
-    """A function that reads the source from the start, in the same order each time. ValueError: no such source."""
+    """A function that reads the source from the start, in the same order each time. ValueError: no such source.
+
+    `cache` is a folder for tables that goes with the run; what is streamed is kept beside it, to go on with.
+    """
     if source.more:
         parts = [open_source(replace(source, path=p, more=()), cache) for p in (source.path, *source.more)]
-        return lambda: itertools.chain.from_iterable(part() for part in parts)
+        return lambda: _limited(source, lambda: itertools.chain.from_iterable(part() for part in parts))
     if source.path.startswith("builtin:"):
-        readers = {"builtin:topics": _read_topics, "builtin:stdlib": _read_stdlib}
+        readers = {"builtin:topics": read_topics, "builtin:stdlib": read_stdlib}
         if source.path not in readers:
             raise ValueError(f"source {source.name!r}: unknown {source.path!r}; use {' or '.join(readers)}")
-        return readers[source.path]
+        return lambda: _limited(source, readers[source.path])
     path = Path(source.path)
-    if not path.exists():
-        table = _open_hub(source, cache)
-        return lambda: _read_table(source.path, table, source.text_field)
-    files = _walk(path, _SUFFIXES) if path.is_dir() else [(path.name, path)]
-    if not files or not (path.is_dir() or path.name.lower().endswith(_SUFFIXES)):
-        raise ValueError(f"source {source.name!r}: {path} is or holds none of {', '.join(_SUFFIXES)}")
+    if is_stream(source.path):
+        spool = _spool(source, cache.parent)
+        return lambda: _read_spool(source, spool)
+    files = walk(path, SUFFIXES) if path.is_dir() else [(path.name, path)]
+    if not files or not (path.is_dir() or path.name.lower().endswith(SUFFIXES)):
+        raise ValueError(f"source {source.name!r}: {path} is or holds none of {', '.join(SUFFIXES)}")
     tables = {name: _open_parquet(file, cache) for name, file in files if name.lower().endswith(".parquet")}
 
     def read() -> Iterator[Document]:
@@ -189,9 +221,28 @@ def open_source(source: Source, cache: Path) -> Callable[[], Iterator[Document]]
             if name in tables:
                 yield from _read_table(name, tables[name], source.text_field)
             else:
-                yield from _read_file(name, file, source.text_field)
+                yield from read_file(name, file, source.text_field)
 
-    return read
+    return lambda: _limited(source, read)
+
+
+def open_parts(
+    source: Source, cache: Path, suffixes: tuple[str, ...]
+) -> Iterator[tuple[str, Path | Iterable[dict[str, Any]]]]:
+    """(name, file) of every file of a source with one of `suffixes`, (name, rows) of its tables and Hub datasets.
+
+    For rows that are more than one text. ValueError: no such source.
+    """
+    for name in (source.path, *source.more):
+        path = Path(name)
+        if is_stream(name):
+            yield name, _hub_stream(replace(source, path=name, more=()))
+            continue
+        files = walk(path, (*suffixes, ".parquet")) if path.is_dir() else [(path.name, path)]
+        if not files or not (path.is_dir() or path.name.lower().endswith((*suffixes, ".parquet"))):
+            raise ValueError(f"source {source.name!r}: {path} is or holds none of {', '.join(suffixes)}, .parquet")
+        for key, file in files:
+            yield key, _open_parquet(file, cache) if key.lower().endswith(".parquet") else file
 
 
 def _open_parquet(path: Path, cache: Path) -> Dataset:
@@ -203,53 +254,6 @@ def _open_parquet(path: Path, cache: Path) -> Dataset:
     except (DatasetGenerationError, ValueError) as error:  # a bad footer is arrow's own ValueError
         cause = error.__cause__ or error
         raise ValueError(f"{path} cannot be read as parquet ({cause}); repair it or take it out") from error
-
-
-# ---------------------------------------------------------------------------------------------------- tokenising
-
-
-def tokenised(
-    name: str,
-    records: Callable[[], Iterator[tuple[bool, str]]],
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: str,
-    workers: int,
-    cache: Path,
-    *,
-    fingerprint: str,
-) -> Dataset:
-    """Rows `ids`, `heldout`, `bytes` of every (held out?, text) record, on disk under `cache`."""
-    from datasets import Dataset, Features, Value
-    from datasets import List as ListOf
-    from datasets.exceptions import DatasetGenerationError
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for held, text in records():
-            yield {"text": text, "heldout": held, "bytes": len(text.encode())}
-
-    def encode(texts: Sequence[str]) -> dict[str, Any]:
-        # The name of a special token in a text is ordinary text: nothing in data may open, end or mask anything.
-        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return {"ids": tokenizer(list(texts), **plain)["input_ids"]}
-
-    columns = {"heldout": Value("bool"), "bytes": Value("int64")}
-    wide = Features(columns | {"text": Value("large_string")})  # arrow's plain strings end at 2 GiB a batch
-    try:
-        texts = Dataset.from_generator(rows, features=wide, cache_dir=str(cache))
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None  # a full disk, a changed source: in its own words
-    return texts.map(
-        encode,
-        batched=True,
-        batch_size=128,
-        writer_batch_size=128,
-        input_columns=["text"],
-        remove_columns=["text"],
-        features=Features(columns | {"ids": ListOf(Value(dtype))}),
-        num_proc=min(workers, len(texts)) if workers > 1 else None,
-        new_fingerprint=fingerprint[:32],  # else the tokenizer is pickled and hashed to name a cache file
-        desc=f"tokenise {name}",
-    )
 
 
 @contextlib.contextmanager

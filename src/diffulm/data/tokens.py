@@ -33,6 +33,8 @@ from diffulm.runtime import fsync_folder, read_json, write_atomic
 FORMAT = 1
 #: Tokens after which a new shard is begun: 256 MiB of uint16. A document is never cut, so a shard may be longer.
 SHARD_TOKENS = 2**27
+#: Bytes of tokens up to which opening a store also compares checksums: a few seconds of reading.
+VERIFY_BYTES = 2**32
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _HEADER = {
@@ -170,26 +172,39 @@ class _Shard:
 class TokenStore:
     """A finished store, read-only. Documents are numbered over all shards in the order they were written.
 
-    `documents`, `tokens`, `bytes` are totals; `tokenizer`, `source` the fingerprints it was written with; `lengths`
-    int64 (documents,) the tokens of every document.
+    `documents`, `tokens`, `bytes` are totals; `tokenizer`, `source` the fingerprints it was written with. Tokens and
+    index are mapped, so that opening costs the same for any size, and processes share what they read.
     """
 
-    def __init__(self, shards: list[_Shard]) -> None:
+    def __init__(self, folder: Path, shards: list[_Shard]) -> None:
+        self.folder = folder
         self._shards = shards
         self._first = np.cumsum([0] + [shard.header["documents"] for shard in shards])
+        # Where each shard starts in the documents joined, each with one token (EOS) after it.
+        self._joined = np.cumsum([0] + [shard.header["tokens"] + shard.header["documents"] for shard in shards])
         self.documents: int = sum(shard.header["documents"] for shard in shards)
         self.tokens: int = sum(shard.header["tokens"] for shard in shards)
         self.bytes: int = sum(shard.header["bytes"] for shard in shards)
         self.tokenizer: str = shards[0].header["tokenizer"]
         self.source: str = shards[0].header["source"]
-        self.lengths: NDArray[np.int64] = np.concatenate([np.diff(shard.index[0]) for shard in shards])
+
+    @property
+    def index_crc(self) -> int:
+        """A checksum of where the documents lie: whatever is derived from their lengths belongs to it."""
+        return zlib.crc32(repr([shard.header["crc32_idx"] for shard in self._shards]).encode())
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of every document, int64 (documents,); made anew each time, since it is as long as the store."""
+        return np.concatenate([np.diff(shard.index[0]) for shard in self._shards])
 
     @classmethod
-    def open(cls, folder: Path, *, tokenizer: str | None = None, verify: bool = True) -> TokenStore:
+    def open(cls, folder: Path, *, tokenizer: str | None = None, verify: bool | None = None) -> TokenStore:
         """Open the store in `folder`, made with the tokenizer of that fingerprint (None: any).
 
-        Sizes are always checked; `verify` also reads everything once to compare checksums. ValueError, with what
-        to do, for a missing, unfinished, truncated or corrupt store, another format, another tokenizer's.
+        Sizes are always checked; `verify` also reads everything once to compare checksums (None: where that is less
+        than VERIFY_BYTES; `prepare` has verified the rest). ValueError, with what to do, for a missing, unfinished,
+        truncated or corrupt store, another format, another tokenizer's.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -197,6 +212,11 @@ class TokenStore:
         headers = sorted(folder.glob("shard-*.json"))
         if not headers:
             raise ValueError(f"{folder} holds no finished shard; prepare the text (again) into it")
+        if verify is None:
+            verify = (
+                sum(path.with_suffix(".bin").stat().st_size for path in headers if path.with_suffix(".bin").is_file())
+                <= VERIFY_BYTES
+            )
         shards = []
         for number, path in enumerate(headers):
             header = _read_header(path, tokenizer)
@@ -205,7 +225,7 @@ class TokenStore:
             shards.append(_open_shard(folder / path.stem, header, verify))
         if len({(shard.header["tokenizer"], shard.header["source"]) for shard in shards}) > 1:
             raise ValueError(f"{folder} mixes shards of different tokenizers or sources; prepare it again")
-        return cls(shards)
+        return cls(folder, shards)
 
     def __len__(self) -> int:
         return self.documents
@@ -221,6 +241,23 @@ class TokenStore:
         """UTF-8 bytes of the text of document `i`."""
         shard, j = self._locate(i)
         return int(shard.index[1, j + 1] - shard.index[1, j])
+
+    def at(self, position: int) -> tuple[int, int]:
+        """(document, token inside it) of a position in the documents joined, each with one token after its last.
+
+        A bisection of the mapped index: about `log2(documents)` of its entries are read.
+        """
+        number = int(np.searchsorted(self._joined, position, side="right")) - 1
+        starts = self._shards[number].index[0]
+        local = position - int(self._joined[number])
+        low, high = 0, len(starts) - 1  # starts[low] + low <= local < starts[high] + high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if int(starts[middle]) + middle <= local:
+                low = middle
+            else:
+                high = middle
+        return int(self._first[number]) + low, local - int(starts[low]) - low
 
     def _locate(self, i: int) -> tuple[_Shard, int]:
         if not 0 <= i < self.documents:
@@ -261,11 +298,10 @@ def _open_shard(stem: Path, header: dict[str, Any], verify: bool) -> _Shard:
     expected, size = header["tokens"] * dtype.itemsize, tokens_file.stat().st_size
     if size != expected:
         raise ValueError(f"{tokens_file} is truncated or grown ({size} bytes, not {expected}); prepare the text again")
-    index_data = index_file.read_bytes()
-    if verify and (_crc32(tokens_file) != header["crc32_bin"] or zlib.crc32(index_data) != header["crc32_idx"]):
+    if verify and (_crc32(tokens_file) != header["crc32_bin"] or _crc32(index_file) != header["crc32_idx"]):
         raise ValueError(f"{stem} is corrupt (its checksum differs from the header's); prepare the text again")
     try:
-        index = np.load(io.BytesIO(index_data), allow_pickle=False)
+        index = np.load(index_file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{index_file} is not an index of documents; prepare the text again") from error
     fits = index.dtype == np.int64 and index.shape == (2, header["documents"] + 1)

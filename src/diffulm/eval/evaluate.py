@@ -6,15 +6,18 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, hub, runtime
-from . import harness
-from .compare import paired_texts, published, task_figures, text_figures, undecided
+from . import generated, harness
+from .compare import by_draws, paired_texts, published, task_figures, text_figures, undecided
+from .generate import How, Writer
+from .generation_tasks import GENERATION
 from .likelihood import Estimate
+from .packaged import Prompt
 from .rate import Progress, Rater, diffusion_scorer, parent_rater, silent
 from .scoreboard import write
 from .store import Store, pack
@@ -26,23 +29,25 @@ DRAWS, WINDOW_DRAWS = 128, 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, the same for both models. `folder`: local files; None takes tasks from the Hub."""
+    """What is to be measured, the same for both models. `folder`: local files; None takes tasks from the Hub. fewshot:
+    None is each task's own: none where likelihoods are compared, `Generation.shots` where a model writes."""
 
     names: tuple[str, ...]
     folder: Path | None = None
     limit: int | None = None
     draws: int | None = None
     seed: int = 0
-    fewshot: int = 0
+    fewshot: int | None = None
     chat: bool = False
     confidence: float | None = None
+    how: How = field(default_factory=How)
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, not {self.limit}")
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1, not {self.draws}")
-        if self.fewshot < 0:
+        if self.fewshot is not None and self.fewshot < 0:
             raise ValueError(f"fewshot must not be negative, not {self.fewshot}")
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"--data-dir {self.folder} is no folder; give the one that holds the tasks' files")
@@ -50,11 +55,12 @@ class Plan:
 
 @dataclass
 class Measured:
-    """One model's results: documents by task, likelihoods by text, seconds by either."""
+    """One model's results: documents by task, likelihoods by text, seconds by either, what was written by task."""
 
     tasks: dict[str, list[harness.Document]]
     texts: dict[str, list[Estimate]]
     seconds: dict[str, float]
+    written: dict[str, generated.Session] = field(default_factory=dict)
 
 
 def evaluate(
@@ -77,12 +83,18 @@ def evaluate(
     report.json, report.md and report.html. ValueError for what cannot be measured: unknown tasks and
     wrong files before a model is opened, an option that does not fit when its turn comes.
     """
-    plan = replace(plan, names=tuple(find_tasks(plan.names)))
-    if offline and plan.folder is None and any(name in TASKS for name in plan.names):
+    plan = replace(plan, names=tuple(find_tasks(plan.names, list(GENERATION))))
+    if offline and plan.folder is None and any(name in TASKS or name in GENERATION for name in plan.names):
         raise ValueError("without the Hub tasks need local files; give --data-dir, or leave out --offline")
     # Files are read and prompts built before a model is opened: what is wrong there is found in seconds.
     built = build(plan)
-    texts = {name: documents_of(name, plan.folder)[: plan.limit] for name in plan.names if name not in TASKS}
+    to_write = {
+        name: generated.build(name, plan.folder, plan.fewshot, execute=plan.how.execute)
+        for name in plan.names
+        if name in GENERATION
+    }
+    given = [name for name in plan.names if name not in TASKS and name not in GENERATION]
+    texts = {name: documents_of(name, plan.folder)[: plan.limit] for name in given}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     store = Store(None if out is None else out / "scores.jsonl")
@@ -90,21 +102,29 @@ def evaluate(
     loaded = hub.load(model, device=device, dtype=dtype, adapter=adapter, offline=offline)
     scorer = diffusion_scorer(loaded, draws=plan.draws or DRAWS, seed=plan.seed, confidence=plan.confidence)
     child = Rater(scorer, loaded.tokenizer, "model", store, plan.chat, on_progress)
-    mine = measure(child, plan, built, texts, say)
+    writer = Writer(child, plan.how, loaded)
+    asked = {name: generated.prompts(one, writer, plan.limit, chat=plan.chat) for name, one in to_write.items()}
+    mine = measure(writer, plan, built, texts, asked, say)
     theirs = None
     if parent is not None:
         above = parent_rater(parent, child, offline=offline)
-        theirs = measure(above, plan, build(plan), texts, say)
+        theirs = measure(Writer(above, plan.how), plan, build(plan), texts, asked, say)
     report = {
         "model": {"name": model, "kind": "NELBO", **loaded.config},
         "parent": None if parent is None else {"name": parent, "kind": "exact"},
         "settings": {
             "draws": plan.draws or DRAWS, "window_draws": plan.draws or WINDOW_DRAWS, "seed": plan.seed,
-            "fewshot": plan.fewshot, "limit": plan.limit, "chat_template": plan.chat, "confidence": plan.confidence,
-            "data": "local files" if plan.folder else "Hub", "dtype": str(loaded.denoiser.precision),
-            "length": scorer.length,
-        },
+            "fewshot": plan.fewshot or 0, "limit": plan.limit, "chat_template": plan.chat,
+            "confidence": plan.confidence, "data": "local files" if plan.folder else "Hub",
+            "dtype": str(loaded.denoiser.precision), "length": scorer.length,
+        } | ({"writing": asdict(plan.how)} if to_write else {}),
         "tasks": [task_report(name, mine, theirs, plan.seed, model, parent) for name in mine.tasks],
+        "generation": [
+            generated.report(
+                to_write[name], mine.written[name], theirs.written[name] if theirs else None, writer, model, parent
+            )
+            for name in mine.written
+        ],
         "texts": [text_report(name, texts[name], mine, theirs) for name in mine.texts],
         "machine": runtime.describe_machine(),
         "versions": versions(),
@@ -119,13 +139,15 @@ def evaluate(
 
 def build(plan: Plan) -> dict[str, list[Any]]:
     """Task objects, fresh for each model: lm-eval keeps a model's answers in them."""
-    return {name: harness.build(TASKS[name], plan.folder, plan.fewshot) for name in plan.names if name in TASKS}
+    return {name: harness.build(TASKS[name], plan.folder, plan.fewshot or 0) for name in plan.names if name in TASKS}
 
 
 def measure(
-    rater: Rater, plan: Plan, built: dict[str, list[Any]], texts: dict[str, list[str]], say: Callable[[str], None]
-) -> Measured:
+    writer: Writer, plan: Plan, built: dict[str, list[Any]], texts: dict[str, list[str]],
+    asked: dict[str, list[Prompt]], say: Callable[[str], None],
+) -> Measured:  # fmt: skip
     """All tasks and texts with one model."""
+    rater = writer.rater
     who, done = rater.label, Measured({}, {}, {})
     for name in plan.names:
         rater.label = f"{who}, {Path(name).name}"
@@ -133,8 +155,10 @@ def measure(
         if name in built:
             model = harness.language_model(rater)
             done.tasks[name] = harness.run(
-                model, built[name], fewshot=plan.fewshot, limit=plan.limit, chat=plan.chat
+                model, built[name], fewshot=plan.fewshot or 0, limit=plan.limit, chat=plan.chat
             )  # fmt: skip
+        elif name in asked:
+            done.written[name] = generated.measure(GENERATION[name], asked[name], writer)
         else:
             # A parent is exact with any number of draws.
             done.texts[name] = rater.texts(texts[name], draws=plan.draws or WINDOW_DRAWS)
@@ -158,6 +182,7 @@ def task_report(
         "remark": TASKS[name].remark,
         "documents": len(documents),
         "figures": task_figures({d.id: d.metrics for d in documents}, other, seed=seed),
+        "by_draws": by_draws(documents, TASKS[name].metric),
         "undecided": sum(undecided(d.scores) for d in documents),
         "options": len(scores),
         "forwards": sum(s.forwards for s in scores),
@@ -185,19 +210,30 @@ def text_report(name: str, documents: Sequence[str], mine: Measured, theirs: Mea
 
 
 def keep_documents(out: Path, mine: Measured, theirs: Measured | None) -> None:
-    """documents.jsonl: every document's metrics and scores, of both models side by side."""
+    """documents.jsonl: every document's metrics, scores and texts, of both models side by side."""
 
-    def side(document: harness.Document) -> dict[str, Any]:
-        return {"metrics": document.metrics, "scores": [pack(score) for score in document.scores]}
+    def sides(measured: Measured | None) -> dict[tuple[str, str, str], Any]:
+        """By (task, way of infilling, document)."""
+        if measured is None:
+            return {}
+        found: dict[tuple[str, str, str], Any] = {
+            (name, "", d.id): {"metrics": d.metrics, "scores": [pack(score) for score in d.scores]}
+            for name, documents in measured.tasks.items()
+            for d in documents
+        }
+        for name, session in measured.written.items():
+            for way, documents in session.documents.items():
+                found |= {(name, way, d.id): {"metrics": d.metrics, "texts": d.texts} for d in documents}
+        return found
 
+    model, parent = sides(mine), sides(theirs)
     lines = []
-    for name, documents in mine.tasks.items():
-        other = {} if theirs is None else {d.id: side(d) for d in theirs.tasks[name]}
-        for document in documents:
-            line: dict[str, Any] = {"task": name, "id": document.id, "model": side(document)}
-            if document.id in other:
-                line["parent"] = other[document.id]
-            lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    for task, way, document in {**model, **parent}:
+        line = {"task": task, **({"way": way} if way else {}), "id": document}
+        for name, side in (("model", model), ("parent", parent)):
+            if (task, way, document) in side:
+                line[name] = side[task, way, document]
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     runtime.write_atomic(out / "documents.jsonl", "".join(lines))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .generate import Ask, Writer
 from .masks import Score
 from .rate import Question, Rater
 from .tasks import Record, Task, read_records, set_aside
@@ -38,11 +39,27 @@ class Records(list[Record]):
 
 @dataclass
 class Document:
-    """One scored document: its place in the task, lm-eval's metrics of it, and our scores of its options."""
+    """One scored document: its place in the task, its metrics, and our scores of its options or what was written.
+
+    fewer: by number of draws, what the metrics would have been on average with that many masks an option.
+    """
 
     id: str
     metrics: dict[str, float]
     scores: list[Score] = field(default_factory=list)
+    texts: list[Record] = field(default_factory=list)
+    fewer: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+def tools() -> tuple[Path, Callable[..., Record], Callable[..., Any]]:
+    """lm-eval's folder of tasks, its reader of their YAML, its class of tasks. ValueError without lm-eval."""
+    try:
+        import lm_eval.tasks
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError as error:
+        raise ValueError(MISSING) from error
+    return Path(lm_eval.tasks.__file__).parent, load_yaml, ConfigurableTask
 
 
 def build(task: Task, folder: Path | None, fewshot: int) -> list[Any]:
@@ -50,16 +67,10 @@ def build(task: Task, folder: Path | None, fewshot: int) -> list[Any]:
 
     ValueError for a file that is missing or wrong, for more shots than there are exemplars, and without lm-eval.
     """
-    try:
-        import lm_eval.tasks
-        from lm_eval.api.task import ConfigurableTask
-        from lm_eval.tasks._yaml_loader import load_yaml
-    except ImportError as error:
-        raise ValueError(MISSING) from error
-    pattern = Path(lm_eval.tasks.__file__).parent
+    pattern, load_yaml, ConfigurableTask = tools()
     records = None if folder is None else read_records(task, folder)
     built = []
-    with _quiet():
+    with quiet():
         for path in sorted(pattern.glob(task.packaged)):
             config = dict(load_yaml(path))
             config.pop("tag", None)
@@ -98,8 +109,11 @@ def _localise(config: Record, task: Task, records: list[Record], fewshot: int) -
     config["fewshot_config"] = {"sampler": "first_n", "split": "shown"}
 
 
-def language_model(rater: Rater) -> Any:
-    """The object that `simple_evaluate` takes: log-likelihoods by our estimator, is_greedy as `Scorer.greedy`."""
+def language_model(rater: Rater, writer: Writer | None = None) -> Any:
+    """The object that `simple_evaluate` takes: log-likelihoods by our estimator, is_greedy as `Scorer.greedy`.
+
+    With a writer it also answers generate_until, for tasks of the harness that are not among ours.
+    """
     try:
         from lm_eval.api.model import TemplateLM
     except ImportError as error:
@@ -149,7 +163,16 @@ def language_model(rater: Rater) -> Any:
             return [-sum(e.nats for e in rater.texts([text], draws=rater.scorer.draws)) for text in texts]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-            raise ValueError("this task asks for generated text; `diffulm eval` scores likelihoods")
+            if writer is None:
+                raise ValueError("this task asks for generated text; hand a Writer to `language_model`")
+            asks: list[Ask] = []
+            for r in requests:
+                prompt, how = r.args
+                until = how.get("until") or []
+                cap = writer.how.max_tokens or int(how.get("max_gen_toks", 256))
+                again = sum(r is other for other in requests[: len(asks)])  # repeats are the same request again
+                asks.append(Ask(prompt, cap, (until,) if isinstance(until, str) else tuple(until), again))
+            return [written.text for written in writer.write(asks)]
 
     return Rated()
 
@@ -196,7 +219,7 @@ def run(
 
     rater.on_progress = aloud
     try:
-        with _quiet():
+        with quiet():
             results = simple_evaluate(
                 model=model, tasks=list(tasks), num_fewshot=fewshot, limit=limit, bootstrap_iters=0,
                 task_manager=TaskManager(include_defaults=False), apply_chat_template=chat, fewshot_as_multiturn=chat,
@@ -205,15 +228,28 @@ def run(
     finally:
         rater.on_progress = show
     documents = []
+    by_name = {task.config.task: task for task in tasks}
     for name, samples in results["samples"].items():
         for sample in samples:
             metrics = {key: float(sample[key]) for key in sample["metrics"]}
-            documents.append(Document(f"{name}/{sample['doc_id']}", metrics, model.details[name, sample["doc_id"]]))
+            scores = model.details[name, sample["doc_id"]]
+            fewer = with_fewer_draws(by_name[name], sample["doc"], scores)
+            documents.append(Document(f"{name}/{sample['doc_id']}", metrics, scores, fewer=fewer))
     return documents
 
 
+def with_fewer_draws(task: Any, record: Record, scores: Sequence[Score]) -> dict[int, dict[str, float]]:
+    """Mean metrics of a question at each number of draws that all its options have estimates for (`Score.fewer`)."""
+    found = {}
+    for draws in sorted(map(int, set.intersection(*(set(s.fewer) for s in scores))) if len(scores) > 1 else ()):
+        sides = zip(*(s.fewer[str(draws)] for s in scores), strict=True)
+        metrics = [task.process_results(record, [(-nats, False) for nats in side]) for side in sides]
+        found[draws] = {key: sum(float(m[key]) for m in metrics) / len(metrics) for key in metrics[0]}
+    return found
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no chatter of lm-eval and datasets; progress is ours."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]

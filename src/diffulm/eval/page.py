@@ -33,6 +33,7 @@ class Curve:
     points: list[tuple[float, float]]
     look: str = "-"  # a matplotlib format string: lines and markers
     colour: int = 0  # index into COLOURS
+    errors: tuple[float, ...] = ()  # half-widths of the points' intervals, along y
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Plot:
     y: str
     curves: list[Curve]
     from_zero: bool = False  # the y axis
+    log_x: bool = False
     svg: str = ""  # filled in by `_drawn`
 
 
@@ -86,12 +88,18 @@ def _svgs(plots: Sequence[Plot]) -> list[str] | None:
             figure = Figure(figsize=(5.2, 3.1), layout="constrained")
             axes = figure.subplots()
             for curve in plot.curves:
-                look = "o" if len(curve.points) == 1 else curve.look  # a line through one point is not seen
+                lone = len(curve.points) == 1 and not curve.errors  # a line through one point is not seen
+                look = "o" if lone else curve.look
                 alpha, colour = 0.35 if look == "." else 1.0, COLOURS[curve.colour]
                 x, y = zip(*curve.points, strict=True)
                 axes.plot(x, y, look, color=colour, alpha=alpha, label=curve.name or None)
+                if curve.errors:
+                    axes.errorbar(x, y, yerr=curve.errors, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.6)
             axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            if plot.log_x:
+                axes.set_xscale("log")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(6))
             if plot.x == "tokens":
                 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if plot.from_zero:

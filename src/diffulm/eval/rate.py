@@ -53,16 +53,17 @@ class Rater:
     store: Store = field(default_factory=Store)
     chat: bool = False
     on_progress: Progress = silent
+    text_key: str = ""
     model_key: str = ""
 
     def __post_init__(self) -> None:
         s = self.scorer
         weights = fingerprint(s.denoiser) if hasattr(s.denoiser, "named_parameters") else ""
-        settings = [s.length, s.draws, s.seed, s.confidence, s.skip, repr(s.layout), s.special.bos]
+        mask = None if s.process is None else s.process.mask_token_id
         precision = str(getattr(s.denoiser, "precision", ""))
-        self.model_key = content_key(
-            weights, precision, None if s.process is None else s.process.mask_token_id, settings
-        )
+        # What a written text depends on, and what a score does.
+        self.text_key = content_key(weights, precision, mask, s.length, repr(s.layout), s.special.bos, self.chat)
+        self.model_key = content_key(self.text_key, s.draws, s.seed, s.confidence, s.skip)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by itself."""

@@ -180,7 +180,8 @@ def _verdict(report: Mapping[str, Any]) -> str:
         )
     if end > WELL_ABOVE * exact:
         where = f" ({report['machine']})" if report.get("machine") else ""
-        said.append(f"{spent}{where} is far from enough for fluent text under full attention: expect broken sentences.")
+        how = "" if report.get("layout") == "block" else " under full attention"
+        said.append(f"{spent}{where} is far from enough for fluent text{how}: expect broken sentences.")
     return " ".join(filter(None, said))
 
 
@@ -201,6 +202,9 @@ def _held_out(report: Mapping[str, Any]) -> str:
         of += [f"{after['forwards']:,} forward passes"] if after.get("forwards") is not None else []
         of += [f"seed {after['seed']}"] if after.get("seed") is not None else []
         said.append(f"NELBO from {', '.join(of)}.")
+    if report.get("block_size"):
+        size = report["block_size"]
+        said.append(f"It is the sum of the bounds of blocks of {size} tokens, each given the clean text before it.")
     return " ".join([*said, "± is one standard error. Lower is better."])
 
 
@@ -218,7 +222,9 @@ def _training(report: Mapping[str, Any]) -> Iterator[Block]:
             rows.append((name, count, tokens, first, last, speed))
     if rows:
         yield Table(("Arm", "Steps", "Tokens", "Loss, first tenth", "Loss, last tenth", "Tokens/s, median"), rows)
-        yield Prose("Losses in nats per token; the diffusion loss is a noisy bound, the parent's is exact.")
+        share = report.get("ar_weight")
+        more = f" plus {share:g} times the next-token loss of the clean copy" if share else ""
+        yield Prose(f"Losses in nats per token; the diffusion loss is a noisy bound{more}, the parent's is exact.")
     yield from _plots(report, arms)
     old, new = (dict(_points(report[key].get("by_level"), "level", "nats_per_masked_token")) for key in DIFFUSION)
     if old or new:

@@ -11,7 +11,7 @@ from rich.table import Table as Terminal
 from rich.text import Text
 
 from ..runtime import write_atomic
-from .page import Block, Prose, Table, drawn, markdown, page
+from .page import Block, Curve, Plot, Prose, Table, drawn, markdown, page
 
 TASK_HEADER = (
     "Task",
@@ -24,13 +24,20 @@ TASK_HEADER = (
     "Undecided",
     "Published",
 )
+WRITTEN_HEADER = ("Task", "Metric", "Documents", "Shots", "Model", "Parent", "Model - parent", "p", "Published")
 TEXT_HEADER = ("Text", "Documents", "Model, bits/byte", "Parent, bits/byte", "Model - parent", "Word perplexity")
 
 
 def write(report: Mapping[str, Any], out: Path) -> None:
     """report.json, report.md and report.html in a folder, each whole or not at all."""
+    keep(report, f"diffulm eval: {report['model']['name']}", blocks(report), out)
+
+
+def keep(report: Mapping[str, Any], title: str, parts: list[Block], out: Path) -> None:
+    """A report and how it is shown, in a folder that is made if there is none."""
+    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    title, parts = f"diffulm eval: {report['model']['name']}", drawn(blocks(report))
+    parts = drawn(parts)
     write_atomic(out / "report.md", markdown(title, parts))
     write_atomic(out / "report.html", page(title, parts))
 
@@ -40,7 +47,10 @@ def summary(report: Mapping[str, Any]) -> list[Terminal]:
     tables = []
     # A terminal is 80 columns wide: intervals, undecided documents and published numbers stand in the report.
     short = [(*row[:5], row[5].partition(" [")[0], row[6]) for row in task_rows(report)]
-    for header, rows in ((TASK_HEADER[:7], short), (TEXT_HEADER, text_rows(report))):
+    brief = [(*row[:3], *row[4:6], row[6].partition(" [")[0], row[7])
+             for row in written_rows(report) if row[1].replace(", ", "").count(",") == 0]  # fmt: skip
+    written = (*WRITTEN_HEADER[:3], *WRITTEN_HEADER[4:8])
+    for header, rows in ((TASK_HEADER[:7], short), (written, brief), (TEXT_HEADER, text_rows(report))):
         if rows:
             table = Terminal(*header, box=None, pad_edge=False)
             for row in rows:
@@ -78,6 +88,63 @@ def task_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 )
             )  # fmt: skip
     return rows
+
+
+def written_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row for each metric of each task in which the models write."""
+    rows: list[tuple[str, ...]] = []
+    for task in report.get("generation", []):
+        for metric, figure in task["figures"].items():
+            paired, given = figure.get("paired"), task["published"]
+            known = [f"{given[side]:.1f}" if given.get(side) is not None else "-" for side in ("model", "parent")]
+            shown = metric.partition(",")[0] == task["metric"] and metric.endswith((task["metric"], "oracle"))
+            rows.append(
+                (
+                    task["task"], metric, f"{task['documents']:,}", str(task["shots"]), percent(figure.get("model")),
+                    percent(figure.get("parent")),
+                    "-" if paired is None else f"{100 * paired['difference']:+.1f} [{_interval(paired)}]",
+                    "-" if paired is None else f"{paired['p']:.2g}",
+                    " / ".join(known) if shown and known != ["-", "-"] else "-",
+                )
+            )  # fmt: skip
+    return rows
+
+
+def written_blocks(report: Mapping[str, Any]) -> list[Block]:
+    """What was written: the table, how, and what it took."""
+    s, tasks = report["settings"], report["generation"]
+    how = s["writing"]
+    said = [
+        "In per cent (ROUGE: F-measure) ± one standard error over documents; a document with several texts counts "
+        "once. Prompts and stop strings are the same for both models, and so is the most tokens a text may have; it "
+        "ends at an end-of-text or start token. The diffusion model fills that many masks by the policy "
+        f"{how['policy']}, {how['steps'] or 'as many steps as tokens'}{' steps' if how['steps'] else ''}; the parent "
+        f"writes from left to right. Temperature {how['temperature']:g}, seed {s['seed']}"
+        + (f", {how['samples']} texts a document" if how["samples"] > 1 else "")
+        + (f", the first {s['limit']:,} documents of each task" if s["limit"] else "")
+        + ". A name behind a comma is lm-eval's own filter, or how long a hole was: oracle, told the true number of "
+        "tokens; auto, not told; fim, the parent's own infilling tokens.",
+        "p: exact McNemar test, where documents have fractions a test of random sign flips; no correction for the "
+        "number of tasks. Published: arXiv 2410.17891, model / parent, other prompts and lengths."
+        if report["parent"]
+        else "",
+    ]
+    said += [f"{t['task']}: {t['remark']}." for t in tasks if t["remark"]]
+    if how["execute"]:
+        said.append("Code was run under resource limits, which are no security boundary.")
+    cost = [
+        (
+            t["task"], side, f"{found['texts']:,}", str(t["max_tokens"]), f"{found['tokens']:.1f}",
+            f"{found['forwards']:.1f}", f"{found['cut']:,}", f"{found['seconds']:,}",
+        )
+        for t in tasks
+        for side, found in t["cost"].items()
+    ]  # fmt: skip
+    header = ("Task", "By", "Texts", "Most tokens", "Tokens", "Forwards", "Prompts cut", "Seconds")
+    return [
+        Prose("Written texts", "heading"), Table(WRITTEN_HEADER, written_rows(report)),
+        Prose(" ".join(filter(None, said))), Table(header, cost),
+    ]  # fmt: skip
 
 
 def _interval(paired: Mapping[str, Any]) -> str:
@@ -126,11 +193,31 @@ def blocks(report: Mapping[str, Any]) -> list[Block]:
             for t in report["tasks"]
         ]  # fmt: skip
         found += [Prose("Cost", "heading"), Table(("Task", "Options", "Sequences", "Per option", "Seconds"), cost)]
+        found += draws_plots(report)
+    if report.get("generation"):
+        found += written_blocks(report)
     if report["texts"]:
         found += [Prose("Texts", "heading"), Table(TEXT_HEADER, text_rows(report)), Prose(_windows(report))]
     facts = [("Machine", report["machine"]), ("Precision", settings["dtype"]), *report["versions"].items()]
     found += [Prose("Run", "heading"), Table(("", ""), [(str(a), str(b)) for a, b in facts])]
     return [*found, Prose(report["command"], "code")] if report["command"] else found
+
+
+def draws_plots(report: Mapping[str, Any]) -> list[Block]:
+    """Accuracy against masks an option, four tasks to a plot, with one standard error over documents."""
+    curves: list[Curve] = []
+    for task in report["tasks"]:
+        points = [*task["by_draws"], {"draws": report["settings"]["draws"], **task["figures"][task["metric"]]["model"]}]
+        if len(points) > 2 and all(point["stderr"] is not None for point in points):
+            values = [(float(point["draws"]), 100 * point["value"]) for point in points]
+            errors = tuple(100 * point["stderr"] for point in points)
+            curves.append(Curve(task["task"], values, "o-", len(curves) % 4, errors))
+    said = "Estimates with fewer masks are parts of the same draws, several of them averaged for each document."
+    plots: list[Block] = [
+        Plot("Accuracy against masks an option", "masks", "per cent", curves[i : i + 4], log_x=True)
+        for i in range(0, len(curves), 4)
+    ]
+    return [*plots, Prose(said)] if plots else []
 
 
 def _how(report: Mapping[str, Any]) -> str:

@@ -40,6 +40,9 @@ def build_report(
     hidden = ("by_level", "grad_norm")
     report: dict[str, Any] = {
         "recipe": recipe.name,
+        "layout": recipe.model.layout,
+        "block_size": recipe.model.block_size,
+        "ar_weight": recipe.noise.ar_weight,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "machine": runtime.describe_machine(),

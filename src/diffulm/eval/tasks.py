@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from . import schemas
 from .schemas import Record
@@ -110,16 +111,19 @@ TEXTS = {
 }
 
 
-def find_tasks(names: Sequence[str]) -> list[str]:
-    """The names as tasks, texts by name, or paths of text files; "all" is every task. ValueError for an unknown one."""
+def find_tasks(names: Sequence[str], written: Sequence[str] = ()) -> list[str]:
+    """The names as tasks, texts by name, or paths of text files; "all" is every task scored by likelihood, "generation"
+    every one of `written`, in which a model writes. ValueError for an unknown name."""
     found: list[str] = []
     for name in (part for given in names for part in given.split(",") if part):
         if name == "all":
             found += TASKS
-        elif name in TASKS or name in TEXTS or Path(name).expanduser().is_file():
+        elif name == "generation" and written:
+            found += written
+        elif name in TASKS or name in written or name in TEXTS or Path(name).expanduser().is_file():
             found.append(name)
         else:
-            known = [*TASKS, *TEXTS]
+            known = [*TASKS, *written, *TEXTS]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, all, or a text file"
             raise ValueError(f"unknown task {name!r}; {hint}")
@@ -130,7 +134,28 @@ def find_tasks(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def find_texts(names: Sequence[str]) -> list[str]:
+    """The names, all of them texts by name or paths of text files; ValueError for another."""
+    other = next((name for name in names if name not in TEXTS and not Path(name).expanduser().is_file()), None)
+    if other is not None:
+        raise ValueError(
+            f"{other!r} is no text; beside quality give {', '.join(TEXTS)} or text files, tasks by themselves"
+        )
+    return list(names)
+
+
 # ------------------------------------------------------------------------------------------------------- reading
+
+
+class Local(Protocol):
+    """What is read of a task: its name, its file below the data folder, and what a record must be."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def adapt(self) -> Callable[[Record], Record]: ...
 
 
 def read_text(path: Path) -> str:
@@ -148,7 +173,7 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{there} cannot be read ({reason}); fetch it again") from error
 
 
-def read_records(task: Task, folder: Path) -> list[Record]:
+def read_records(task: Local, folder: Path) -> list[Record]:
     """The records of a task's local file, in the packaged schema. ValueError with file, line and what is wrong."""
     path = folder / task.file
     records = []

@@ -6,6 +6,7 @@ from .constraints import Banned
 from .denoise import denoise
 from .draw import Draw
 from .end import EndOfText
+from .guidance import EverySample, Guided
 from .infill import Infilling, infill
 from .names import policy_from_name
 from .policies import (
@@ -26,7 +27,7 @@ from .text import generate, generate_ids, pieces_for_view
 
 __all__ = [
     "Ancestral", "Banned", "BlockCache", "Canvas", "Draw", "DualCache", "EndOfText", "Entropy", "EntropyBound",
-    "Factor", "FirstHitting", "Infilling", "Margin", "Policy", "PrefixCache", "RandomOrder", "Remask", "Step",
-    "Threshold", "TopConfidence", "Uncached", "agreement", "denoise", "generate", "generate_ids", "infill",
-    "pieces_for_view", "policy_from_name",
+    "EverySample", "Factor", "FirstHitting", "Guided", "Infilling", "Margin", "Policy", "PrefixCache", "RandomOrder",
+    "Remask", "Step", "Threshold", "TopConfidence", "Uncached", "agreement", "denoise", "generate", "generate_ids",
+    "infill", "pieces_for_view", "policy_from_name",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from . import words
 from .canvas import Canvas
 from .constraints import Banned
 from .draw import Draw
+from .guidance import forwards_of_a_step
 from .policies import Policy, TopConfidence
 from .search import TOGETHER, Spellings, length_scores, place, shortest
 from .step import Step
@@ -55,6 +56,7 @@ def infill(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    guidance: float | None = None,
     watch: Watch | None = None,
 ) -> Infilling:
     """Fill one hole between prefix and suffix, or every `<hole>` / `<hole:N>` of a text given as `prefix` alone.
@@ -72,6 +74,9 @@ def infill(
     The tokens that hold one are never drawn, nor the token that would complete a usual spelling; another spelling, or
     one whose tokens are revealed together, is found in the finished text and banned before it is filled again, one
     token a step.
+
+    guidance: the scale of classifier-free guidance by the given text, placed words included (guidance.py); 1 is none.
+    Lengths and places are searched without it, by likelihood.
 
     Raises:
         ValueError: no hole, a hole of no tokens, a text longer than the model was trained on, or constraints that
@@ -100,7 +105,7 @@ def infill(
         """Tokens behind the start token; after a first try one token a step, so that every ban holds."""
         nonlocal used
         how = (int(canvas.editable.sum()), TopConfidence()) if again else (steps, policy)
-        ids, forwards = _filled(model, canvas, *how, draw, seed, watch, bans)
+        ids, forwards = _filled(model, canvas, *how, draw, seed, watch, bans, guidance)
         used += forwards
         return ids[0, 1:].tolist()
 
@@ -225,19 +230,20 @@ def _lengths(
 
 def _filled(
     model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
-    bans: Banned | None,
+    bans: Banned | None, guidance: float | None,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """(tokens (1, L), forwards) of a fill as the user asked for it."""
-    forwards = 0
+    forwards, each = 0, forwards_of_a_step(guidance)
 
     def counting(canvas: Canvas, step: Step) -> None:
         nonlocal forwards
-        forwards += len(step.log_probs) > 0
+        forwards += each * (len(step.log_probs) > 0)
         if watch is not None:
             watch(canvas, step)
 
     cache = caching_from_name("none", model.denoiser, model.layout)
-    return run(model, canvas, steps, policy, draw, seed, counting, cache=cache, banned=bans), forwards
+    ids = run(model, canvas, steps, policy, draw, seed, counting, cache=cache, banned=bans, guidance=guidance)
+    return ids, forwards
 
 
 def _fills(model: Model, ids: list[int], text: Holed, lengths: Sequence[int]) -> list[str]:

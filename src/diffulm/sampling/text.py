@@ -19,6 +19,7 @@ from .constraints import Banned
 from .denoise import denoise, regions
 from .draw import Draw
 from .end import EndOfText
+from .guidance import EverySample, Guided
 from .names import policy_from_name
 from .policies import Policy
 from .step import Step
@@ -58,6 +59,7 @@ def generate(
     seed: int = 0,
     block: int | None = None,
     cache: Literal["none", "prefix", "dual"] = "none",
+    guidance: float | None = None,
     watch: Watch | None = None,
 ) -> str | list[str]:
     """Complete a prompt (or several at once, of any lengths); returns the new text only.
@@ -71,20 +73,24 @@ def generate(
     cache "prefix" or "dual" (caches.py) computes fewer rows for a checkpoint with full attention, and approximately;
     `block` is then 32 unless given. A checkpoint of the block layout always uses its own cache, which is exact.
 
+    guidance: the scale of classifier-free guidance by the prompt (guidance.py), 1 being none; two forwards a step, full
+    attention, no cache.
+
     Raises:
         ValueError: prompt and completion are longer than the model was trained on, the prompt holds the mask token, or
-            the cache is not for this checkpoint.
+            the cache or the guidance is not for this checkpoint.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     special = special_tokens(model.tokenizer)
     encoded = [given_ids(model, encode(model.tokenizer, text)) for text in prompts]
-    canvas = Canvas.from_prompt(encoded, max_tokens, special).to(model.device)
+    canvas = completions(encoded, max_tokens, special, model.layout, int(model.config["trained_length"]))
+    canvas = canvas.to(model.device)
     caching = caching_from_name(cache, model.denoiser, model.layout)
     if block is None and isinstance(caching, DualCache):
         block = BLOCK
     ids = run(
         model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch,
-        EndOfText((special.eos, special.bos)), block, caching,
+        EndOfText((special.eos, special.bos)), block, caching, guidance=guidance, tokens=max_tokens,
     )  # fmt: skip
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
@@ -143,12 +149,28 @@ def generate_ids(
     return torch.cat([input_ids, ids[canvas.editable].view(len(rows), count)], 1)
 
 
+def completions(
+    prompts: Sequence[list[int]], max_tokens: int, special: SpecialTokens, layout: Layout, limit: int
+) -> Canvas:
+    """The canvas of completions; in a block layout each sample ends with a whole block, where `limit` allows.
+
+    A block cut short by the canvas is one that training shows only at the end of a text, so it would invite that end.
+    """
+    canvas = Canvas.from_prompt(prompts, max_tokens, special)  # checks its arguments
+    if not isinstance(layout, Block):
+        return canvas
+    ends = [1 + len(prompt) + max_tokens for prompt in prompts]
+    whole = [max(end, min(limit, -(-end // layout.size) * layout.size)) for end in ends]
+    return Canvas.from_holes([[*p, *[None] * (n - 1 - len(p))] for p, n in zip(prompts, whole, strict=True)], special)
+
+
 def _policy(policy: str | Policy) -> Policy:
     return policy_from_name(policy) if isinstance(policy, str) else policy
 
 
-def steps_of_a_block(canvas: Canvas, layout: Layout, block: int | None, steps: int) -> int:
-    """Steps of each block that deal out `steps` over a whole canvas by tokens, rounded up for the largest block.
+def steps_of_a_block(canvas: Canvas, layout: Layout, block: int | None, steps: int, tokens: int | None = None) -> int:
+    """Steps of each block that deal out `steps` over `tokens` (default: those of the canvas to fill) by tokens, rounded
+    up for the largest block.
 
     A smaller block takes no more steps than it has tokens: as many steps as tokens are one token a step in each.
     """
@@ -156,7 +178,8 @@ def steps_of_a_block(canvas: Canvas, layout: Layout, block: int | None, steps: i
     if size is None:
         return steps
     largest = max((int(r.sum(1).max()) for r in regions(canvas.editable, size)), default=1)
-    return -(-steps * largest // max(1, int(canvas.editable.sum(1).max())))
+    tokens = int(canvas.editable.sum(1).max()) if tokens is None else tokens
+    return -(-steps * largest // max(1, tokens))
 
 
 def caching_from_name(name: str, denoiser: Denoiser, layout: Layout) -> Caching | None:
@@ -181,12 +204,20 @@ def caching_from_name(name: str, denoiser: Denoiser, layout: Layout) -> Caching 
 def run(
     model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
     end: EndOfText | None = None, block: int | None = None, cache: Caching | None = None, banned: Banned | None = None,
+    guidance: float | None = None, tokens: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Tokens of a filled canvas, (B, L); `steps` are those of the whole canvas."""
+    """Tokens of a filled canvas, (B, L); `steps` are those of `tokens`, by default of the whole canvas."""
     ids = checked(canvas, model.config).ids
     seeds = [seed * 1_000_003 + b for b in range(len(ids))]
+    denoiser = model.denoiser
+    if guidance is not None:
+        EverySample().check(model.layout)
+        if cache is not None:
+            raise ValueError("guidance cannot decode from a cache; use cache none, or leave the guidance out")
+        denoiser = Guided.by_canvas(denoiser, guidance, model.process.mask_token_id, canvas)
+        cache = EverySample()
     for step in denoise(
-        model.denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, block, steps),
+        denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, block, steps, tokens),
         policy=_policy(policy), draw=draw, layout=model.layout, cache=cache, seeds=seeds, end=end, block=block,
         banned=banned,
     ):  # fmt: skip

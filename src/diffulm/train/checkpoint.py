@@ -1,14 +1,17 @@
-"""Training checkpoints: written aside, fsynced, renamed; the newest whole one wins; no pickle.
+"""Training checkpoints: written aside, fsynced, renamed; the newest whole one wins.
 
 `step-00000120/` holds `model.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the step, the
-budget, the recipe and the checksums of all three. A checkpoint whose checksum does not fit is passed over, aloud.
+budget, the recipe and the checksums of all files. A checkpoint whose checksum does not fit is passed over, aloud.
+Several processes write shards in the place of the two files (`shards`); each form can be read back by any number of
+processes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..runtime import atomic_folder, log, rank_and_world
+from ..runtime import atomic_folder, fsync_folder, log, on_first_rank, rank_and_world, write_atomic
+from . import shards
+from .shards import Background, crc32, crc32_of_state
 
 _FILES = ("model.safetensors", "optimizer.safetensors")
 #: Whole tensors on rank 0, whatever the sharding. Not flatten_optimizer_state_dict: torch 2.13 writes such a dict but
@@ -56,34 +61,94 @@ def _tied_names(module: nn.Module) -> set[str]:
 
 
 def save(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, keep: int
+    folder: Path,
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    background: Background | None = None,
 ) -> Path:
-    """Write the checkpoint of `state["step"]` and delete all but the newest `keep`.
+    """Write the checkpoint of `state["step"]` and delete all but the newest `keep`. Called by every process.
 
-    Called by every rank; rank 0 writes.
+    With a background it returns while the checkpoint is still being written (an earlier one is waited for).
     """
+    state = {**state}  # the caller's goes on changing
+    path = folder / f"step-{state['step']:08d}"
+    if background is not None:
+        background.wait()
+    if rank_and_world()[1] > 1:
+        _save_shards(path, module, optimizers, state, keep, background)
+    else:
+        _save_whole(path, module, optimizers, state, keep, background)
+    return path
+
+
+def _save_whole(
+    path: Path, module: nn.Module, optimizers: Any, state: dict[str, Any], keep: int, background: Background | None
+) -> None:
     model_state = full_model_state(module)
-    moments: dict[str, Any] = get_optimizer_state_dict(module, optimizer, options=_WHOLE)
+    moments: dict[str, Any] = get_optimizer_state_dict(module, optimizers, options=_WHOLE)
     tensors = {
         f"{name}.{what}": value.contiguous()
         for name, values in moments.get("state", {}).items()
         for what, value in values.items()
     }
-    path = folder / f"step-{state['step']:08d}"
-    if rank_and_world()[0] == 0:
-        for leftover in folder.glob(".step-*.tmp"):  # of a killed run
-            shutil.rmtree(leftover)
+    state["optimizer"] = [{**group} for group in moments["param_groups"]]
+
+    def write() -> None:
+        _remove_leftovers(path.parent)
         with atomic_folder(path) as aside:
             save_file(model_state, aside / _FILES[0])
             save_file(tensors, aside / _FILES[1])
-            whole = {**state, "optimizer": moments["param_groups"]}
-            sums = {name: _crc32(aside / name) for name in _FILES}
-            sums["state.json"] = zlib.crc32(json.dumps(whole).encode())
-            (aside / "state.json").write_text(json.dumps({**whole, "crc32": sums}), encoding="utf-8")
-        # Newer ones than this are damaged (the run went on from before them) and must not push out whole ones.
-        for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
-            shutil.rmtree(old)
-    return path
+            _write_state(aside, state, {name: crc32(aside / name) for name in _FILES})
+        _prune(path, keep)
+
+    if background is None:
+        write()
+        return
+    # Training goes on in these tensors (on the CPU; from a GPU they have just been copied).
+    model_state = {name: value.clone() for name, value in model_state.items()}
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    background.start(write)
+
+
+def _save_shards(
+    path: Path, module: nn.Module, optimizers: Any, state: dict[str, Any], keep: int, background: Background | None
+) -> None:
+    aside = path.with_name(f".{path.name}.tmp")  # one name for all processes
+
+    def prepare() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
+        aside.mkdir()
+
+    def finish(param_groups: list[dict[str, Any]], sums: dict[str, int]) -> None:
+        _write_state(aside, {**state, "optimizer": param_groups}, sums)
+        if path.exists():
+            shutil.rmtree(path)
+        aside.replace(path)
+        fsync_folder(path.parent)
+        _prune(path, keep)
+
+    on_first_rank(prepare)
+    shards.begin(aside, module, optimizers, finish, background)
+
+
+def _write_state(aside: Path, state: dict[str, Any], sums: dict[str, int]) -> None:
+    sums = {**sums, "state.json": crc32_of_state(state)}
+    write_atomic(aside / "state.json", json.dumps({**state, "crc32": sums}))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(".step-*.tmp"):  # of a killed run
+        shutil.rmtree(leftover)
+
+
+def _prune(newest: Path, keep: int) -> None:
+    """Newer ones than this are damaged (the run went on from before them) and must not push out whole ones."""
+    for old in [p for p in checkpoints(newest.parent) if p <= newest][:-keep]:
+        shutil.rmtree(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -92,44 +157,61 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """(folder, state) of the newest whole checkpoint, or None. Damaged ones are named in a warning and passed over."""
-    for path in reversed(checkpoints(folder)):
-        try:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """(folder, state) of the newest whole checkpoint, or None. Damaged ones are named in a warning and passed over.
+
+    Called by every process: each reads a share of the files.
+    """
+    for path in reversed(on_first_rank(lambda: checkpoints(folder))):
+        state, reason = on_first_rank(lambda path=path: _read_state(path))  # type: ignore[misc]
+        if state is not None:
             sums = state.pop("crc32")
-            now = {name: _crc32(path / name) for name in _FILES}
-            now["state.json"] = zlib.crc32(json.dumps(state).encode())
-            wrong = [name for name in now if now[name] != sums[name]]
-            if not wrong:
+            reason = _damage(path, sums)
+            if not reason:
                 return path, state
-            reason = f"{', '.join(wrong)} changed or cut short"
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
         log.warning("checkpoint %s is damaged (%s); trying the one before it", path.name, reason)
     return None
 
 
-def restore(path: Path, state: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint back, bit for bit, whatever the world size now is."""
+def _read_state(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """(state.json with its checksums, "") or (None, what is wrong with it)."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        sums = state["crc32"]
+        if sums["state.json"] != crc32_of_state({k: v for k, v in state.items() if k != "crc32"}):
+            return None, "state.json changed"
+        if not {*_FILES} <= sums.keys() and shards.INDEX not in sums:
+            return None, "state.json names no weights"
+        return state, ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _damage(path: Path, sums: dict[str, int]) -> str:
+    """The files that are not what was written, in words; "" when all are."""
+    rank, world = rank_and_world()
+    wrong = []
+    for name in itertools.islice(sorted(sums.keys() - {"state.json"}), rank, None, world):
+        try:
+            if crc32(path / name) != sums[name]:
+                wrong.append(f"{name} changed or cut short")
+        except OSError as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+    return ", ".join(shards.gather(wrong))
+
+
+def restore(path: Path, state: dict[str, Any], module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Put a checkpoint back, bit for bit, whatever the world size now is. ValueError for another model's."""
+    if (path / shards.INDEX).is_file():
+        shards.read(path, state["optimizer"], module, optimizers)
+        return
     weights: dict[str, Any] = load_file(path / _FILES[0])
     # Compared here: with full_state_dict torch fills up what is missing with what the module has.
     here = {name: value.shape for name, value in module.state_dict().items()}
-    needed = {name for name, _ in module.named_parameters()}
-    other = (needed - weights.keys()) | {name for name in weights if weights[name].shape != here.get(name)}
-    if other:
-        raise ValueError(f"{path} belongs to another model: {', '.join(sorted(other)[:3])} differ")
+    shards.check_model(path, {name: value.shape for name, value in weights.items()}, module, here)
     set_model_state_dict(module, weights, options=_WHOLE)
     moments: dict[str, Any] = {}
     for key, value in load_file(path / _FILES[1]).items():
         name, what = key.rsplit(".", 1)
         moments.setdefault(name, {})[what] = value
     everything: dict[str, Any] = {"state": moments, "param_groups": state["optimizer"]}
-    set_optimizer_state_dict(module, optimizer, everything, options=_WHOLE)
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
+    set_optimizer_state_dict(module, optimizers, everything, options=_WHOLE)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import json
 import tomllib
 import types
 import typing
@@ -49,6 +51,14 @@ class SourceConfig:
     """Field that holds the text (jsonl, parquet, data sets)."""
     exclude: tuple[str, ...] = ()
     """Patterns of document ids never used."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    limit_documents: int | None = None
+    """Documents after which reading ends."""
+    limit_bytes: int | None = None
+    """UTF-8 bytes of text after which reading ends."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +122,14 @@ class TrainConfig:
     """Learning rate at the end, as a share of the peak."""
     annealing: float = 0.0
     """Share of the budget over which causal attention opens to full."""
+    block_sizes: tuple[int, ...] = ()
+    """Growing tokens per block, each for an equal share of the budget; the last is model.block_size (block layout)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the layers, with AdamW for embeddings, head, norms and biases."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging constants."""
     weight_decay: float = 0.0
-    """AdamW's decay, on matrices only."""
+    """Decay of the weights, on matrices only."""
     clip: float = 1.0
     """Largest global gradient norm."""
     steps: int | None = None
@@ -130,8 +144,16 @@ class TrainConfig:
     """auto: measured on this machine in a second."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the layers; auto: where a C++ compiler is, or on CUDA."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and compute the rest again: less memory, a third more work."""
+    replicas: int = 1
+    """Copies of the sharded model (HSDP), each over processes / replicas; one process ignores it."""
+    max_skipped: int = 10
+    """Steps in a row, skipped because loss or gradient is not finite, that end the run."""
     checkpoint_minutes: float = 2.0
     """Minutes between checkpoints."""
+    async_checkpoint: bool = False
+    """Write checkpoints while training goes on; takes a copy of weights and moments in host memory."""
     keep: int = 2
     """Checkpoints kept."""
     heldout_evaluations: int = 6
@@ -149,8 +171,47 @@ class TrainConfig:
         for name in ("warmup", "annealing", "final_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"train.{name} is a share of the budget and lies in [0, 1], not {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.clip <= 0 or self.keep < 1 or self.batch < 1 or self.micro_batch < 1:
-            raise ValueError("train: learning_rate, clip, keep, batch and micro_batch must be positive")
+        for name in ("learning_rate", "clip", "keep", "batch", "micro_batch", "replicas", "max_skipped"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Fine-tuning on conversations (task = "sft")."""
+
+    chat_template: str | None = None
+    """Jinja file, or the template itself (it holds a brace); none: the tokenizer's own."""
+    plain_template: bool = False
+    """Use a plain template (User:, Assistant:) where the tokenizer has none."""
+    split_digits: bool = False
+    """Every digit a token of its own, in the tokenizer saved with the model (the paper's GSM8K, GPT-2)."""
+    skip_bad: bool = False
+    """Leave out and count what is no conversation, instead of stopping at it."""
+    too_long: Literal["skip", "truncate"] = "skip"
+    """Answers that do not fit the window with their context: left out and counted, or cut at its end."""
+    truncate_share: float = 0.0
+    """Share of the answers cut at a random length, without an end."""
+    eos_padding: Literal["one", "random", "window"] = "random"
+    """End-of-text tokens behind an answer: none but its end, a random number, or up to the window (the paper)."""
+    eos_weight: float = 1.0
+    """Weight in the loss of the end-of-text tokens behind an answer's end."""
+    lora_rank: int = 0
+    """Rank of a LoRA to train instead of all weights; 0: all weights."""
+    lora_alpha: float = 16.0
+    """Its scale: updates are multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the modules that get one; none: every linear module but the head."""
+    answers: int = 0
+    """Held-out questions answered before and after: exact match, and where answers end."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.truncate_share <= 1:
+            raise ValueError(f"sft.truncate_share is a share and lies in [0, 1], not {self.truncate_share}")
+        if self.eos_weight < 0 or self.lora_rank < 0 or self.answers < 0 or self.lora_alpha <= 0:
+            raise ValueError("sft: eos_weight, lora_rank and answers must not be negative, lora_alpha positive")
+        if self.chat_template is not None and self.plain_template:
+            raise ValueError("sft: give chat_template or plain_template, not both")
 
 
 @dataclass(frozen=True)
@@ -177,13 +238,20 @@ class Recipe:
 
     name: str = "unnamed"
     """Shown in reports."""
+    task: Literal["adapt", "sft"] = "adapt"
+    """adapt: an autoregressive model to diffusion, on text; sft: fine-tuning on conversations."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
 
     def __post_init__(self) -> None:
+        if self.task == "adapt" and self.sft != SftConfig():
+            raise ValueError("the table [sft] has no effect with task = 'adapt'; set task = 'sft' or leave it out")
+        if self.task == "sft" and self.data.pack != "documents":
+            raise ValueError("conversations are never cut across sequences: leave data.pack out with task = 'sft'")
         weights = [source.weight is None for source in self.data.sources]
         if any(weights) and not all(weights):
             raise ValueError("data.sources: give every source a weight, or none (then their sizes decide)")
@@ -191,6 +259,30 @@ class Recipe:
             raise ValueError("noise.ar_weight needs clean rows: set model.layout = 'block' or leave it out")
         if self.model.layout == "block" and self.train.annealing:
             raise ValueError("train.annealing opens causal attention to full; the block layout has none: leave it out")
+        check_block_sizes(self)
+
+
+def check_block_sizes(recipe: Recipe) -> None:
+    """ValueError unless the block sizes of a recipe grow to the one it decodes with."""
+    size, sizes = recipe.model.block_size, recipe.train.block_sizes
+    if recipe.model.layout != "block":
+        if sizes:
+            raise ValueError("train.block_sizes needs blocks: set model.layout = 'block' or leave it out")
+        return
+    if size is not None and size > recipe.data.length:
+        raise ValueError(
+            f"model.block_size = {size} is more than data.length = {recipe.data.length}: no block would ever be whole; "
+            "choose a smaller block or longer sequences"
+        )
+    if not sizes:
+        return
+    if sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+        raise ValueError(f"train.block_sizes must grow from at least 1 token, as in [4, 8, 16], not {list(sizes)}")
+    if sizes[-1] != size:
+        raise ValueError(
+            f"train.block_sizes ends with {sizes[-1]} but model.block_size is {size or 'not set'}: the model is "
+            f"evaluated and decoded with the last size, so set model.block_size = {sizes[-1]}"
+        )
 
 
 def load_recipe(path: Path | str) -> Recipe:
@@ -264,3 +356,31 @@ def to_dict(recipe: Any) -> dict[str, Any]:
     """The recipe as plain JSON values: saved beside every checkpoint."""
     out: dict[str, Any] = dataclasses.asdict(recipe)
     return out
+
+
+#: Keys that say how a machine carries a run out, not what the run computes (rounding apart): a resume may change them.
+MACHINE = (
+    "train.micro_batch", "train.activation_checkpointing", "train.replicas", "train.max_skipped",
+    "train.checkpoint_minutes", "train.async_checkpoint", "train.keep", "train.tensorboard",
+)  # fmt: skip
+
+
+def differing_keys(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two recipes (as `to_dict` gives them) ask for different results, with both values.
+
+    A key that the older recipe lacks stands for its default.
+    """
+    default = _flat(json.loads(json.dumps(to_dict(Recipe()))))
+    one, two = ({**default, **_flat(recipe)} for recipe in (there, here))
+    return {
+        key: (one.get(key), two.get(key))
+        for key in {**two, **one}
+        if one.get(key) != two.get(key) and key not in MACHINE
+    }
+
+
+def _flat(tables: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

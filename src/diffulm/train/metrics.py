@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..runtime import write_atomic
+from .plan import GPUS
+
+#: Keys of a record that a clock decides: the rest of it is the same in every run of a recipe.
+CLOCK = ("seconds", "tokens_per_second", "tflops", "mfu")
+#: Words in a device's name that mean another speed than the table's; of the A100 all kinds are equally fast.
+VARIANTS = {"pcie", "nvl", "ti", "d", "super", "laptop"}
 
 
 class Metrics:
@@ -47,3 +57,36 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return [r for r in records if isinstance(r, dict) and "step" in r]
+
+
+def throughput(
+    tokens_per_second: float, flops_per_token: float | None, *, world: int, peak: float | None
+) -> dict[str, float]:
+    """`tflops`: the model's operations in 10^12 per second and process; `mfu`: that over `peak`, where both are known.
+
+    `tokens_per_second` is that of all processes together; operations are counted by `flops.flops_per_token`.
+    """
+    if flops_per_token is None:
+        return {}
+    each = tokens_per_second * flops_per_token / world
+    found = {"tflops": each / 1e12} | ({"mfu": each / peak} if peak else {})
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 operations per second of a device; None for a CPU, and for a GPU that the plan's table lacks."""
+    return _peak_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak_by_name(name: str) -> float | None:
+    words = set(re.findall("[a-z0-9]+", name.lower().replace("rtx ", "rtx")))
+    for key, gpu in GPUS.items():
+        model = key.split("-")[0]  # a100-40 and a100-80 differ in memory alone
+        if model in words and "mig" not in words and (model == "a100" or not words & VARIANTS):
+            return gpu.flops
+    return None
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
 """The named opponents in sampling: the released samplers re-created in our own words, and two autoregressive loops.
 
-Benchmarks time these functions against ``diffulm``'s own. The first two follow the *structure* of the samplers of
+`diffulm bench` times these functions beside ``diffulm``'s own. The first two follow the *structure* of the samplers of
 DiffuGPT / DiffuLLaMA (arXiv 2410.17891), costs and defects included, and are nobody's text. Kept as released:
 
 * every forward sees the whole canvas and gives logits over the whole vocabulary at all ``B * L`` positions;
@@ -23,16 +23,16 @@ Shape suffixes: B batch, L length, P prompt, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 
 @torch.no_grad()
 def sample_random_order(
-    model: PreTrainedModel,
+    model: Any,
     ids_BL: Tensor,
     editable_BL: Tensor,
     mask_token_id: int,
@@ -89,7 +89,7 @@ def sample_random_order(
 
 @torch.no_grad()
 def sample_top_k(
-    model: PreTrainedModel,
+    model: Any,
     ids_BL: Tensor,
     editable_BL: Tensor,
     mask_token_id: int,
@@ -146,7 +146,7 @@ def sample_top_k(
 
 
 @torch.no_grad()
-def generate_recomputing(model: PreTrainedModel, ids_BP: Tensor, new_tokens: int) -> Tensor:
+def generate_recomputing(model: Any, ids_BP: Tensor, new_tokens: int) -> Tensor:
     """Greedy autoregressive decoding as a bare loop without a cache: the whole text through the model for each token.
 
     Every forward gives logits at all positions, of which the last row is used.
@@ -171,24 +171,30 @@ def generate_recomputing(model: PreTrainedModel, ids_BP: Tensor, new_tokens: int
 
 
 @torch.no_grad()
-def generate_cached(model: PreTrainedModel, ids_BP: Tensor, new_tokens: int) -> Tensor:
+def generate_cached(model: Any, ids_BP: Tensor, new_tokens: int, *, ends: Sequence[int] = ()) -> Tensor:
     """Greedy autoregressive decoding as a bare loop with transformers' cache: the prompt once, then token by token.
 
     What a well-kept AR decoder does at the least: one row of logits per forward, nothing of ``generate`` around it.
-    Arguments, result and errors as for ``generate_recomputing``.
+    Arguments and errors as for ``generate_recomputing``, with ``ends``: ids that end a text. Once every text holds one
+    the loop stops, so the result may be shorter; what a text has behind its first end is to be dropped.
     """
     _check_prompt(model, ids_BP, new_tokens)
     model.eval()
     parts, cache, fed_BP = [ids_BP], None, ids_BP
+    stop, ended_B1 = torch.tensor(list(ends), device=ids_BP.device), torch.zeros_like(ids_BP[:, :1], dtype=torch.bool)
     for _ in range(new_tokens):
         out = model(fed_BP, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, fed_BP = out.past_key_values, out.logits.argmax(-1)
         parts.append(fed_BP)
+        if len(stop):
+            ended_B1 = ended_B1 | torch.isin(fed_BP, stop)
+            if bool(ended_B1.all()):
+                break
     return torch.cat(parts, 1)
 
 
 def _draw_everywhere(
-    model: PreTrainedModel,
+    model: Any,
     canvas_BL: Tensor,
     mask_B1LL: Tensor,
     temperature: float,
@@ -223,12 +229,12 @@ def _nucleus(logits_BLV: Tensor, top_p: float) -> Tensor:
     return logits_BLV.masked_fill(torch.zeros_like(dropped_BLV).scatter(-1, order_BLV, dropped_BLV), float("-inf"))
 
 
-def _zero_mask(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+def _zero_mask(model: Any, ids_BL: Tensor) -> Tensor:
     B, L = ids_BL.shape
     return torch.zeros(B, 1, L, L, dtype=model.dtype, device=ids_BL.device)
 
 
-def _check_canvas(model: PreTrainedModel, ids_BL: Tensor, editable_BL: Tensor, steps: int, temperature: float) -> None:
+def _check_canvas(model: Any, ids_BL: Tensor, editable_BL: Tensor, steps: int, temperature: float) -> None:
     if getattr(model.config, "is_causal", True) is not False:
         raise ValueError("the samplers need a bidirectional model; set config.is_causal = False, or convert the parent")
     if ids_BL.shape != editable_BL.shape or ids_BL.ndim != 2:
@@ -239,7 +245,7 @@ def _check_canvas(model: PreTrainedModel, ids_BL: Tensor, editable_BL: Tensor, s
         raise ValueError(f"steps must be at least 1 and temperature above 0, not {steps} and {temperature}")
 
 
-def _check_prompt(model: PreTrainedModel, ids_BP: Tensor, new_tokens: int) -> None:
+def _check_prompt(model: Any, ids_BP: Tensor, new_tokens: int) -> None:
     if getattr(model.config, "is_causal", True) is False:
         raise ValueError("this model is bidirectional; the autoregressive loops need its parent")
     if ids_BP.ndim != 2 or not ids_BP.shape[1]:

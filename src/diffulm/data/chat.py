@@ -1,0 +1,235 @@
+"""Conversations as training sequences: what a user or the template says is given, what the assistant says is noised.
+
+Every answer of a conversation is a sample of its own: what stands before it is its context, what comes after is left
+out, because attention in both directions would read the answer off the user's next words.
+
+How long an answer is, the model learns from the end-of-text tokens behind it. A canvas has room for some number of
+tokens, and the model has to say where in it the answer ends:
+
+    one      the sample stops at the answer's end. Every canvas has then just the length of its answer, so the model
+             learns nothing about ends, except to put one at the end of whatever room it is given.
+    window   EOS up to the window (the paper's GSM8K fine-tune; LLaDA). All of them are noised: a short answer in a
+             long window is mostly EOS, which is what the loss then sees and what confident decoding writes first.
+    random   a room drawn anew for every sample, as many canvases between one and two times the answer as between two
+             and four. Room and answer say nothing about each other, and no more EOS are spent than that takes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime import generator, write_atomic
+from ..template import last_turn, turn_ids
+from ..tokenizer import SpecialTokens
+from .conversations import Conversation
+from .packing import best_fit
+
+EosPadding = Literal["one", "random", "window"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Tokenised answers with their contexts, one after the other, in memory: 4 bytes a token, so a million turns of 300
+    tokens take 1.2 GB.
+
+    ids: int32 (tokens,). starts: int64 (answers + 1,), where each sample begins in `ids`. contexts: int64 (answers,),
+    how many of its tokens are given. conversation: int64 (answers,), which one it came from. sizes: int64 (answers,),
+    UTF-8 bytes of the answer. No start tokens; an answer ends with its end token.
+    """
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    conversation: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    def pair(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """(context, answer) ids of one sample."""
+        ids = self.ids[self.starts[i] : self.starts[i + 1]]
+        return ids[: self.contexts[i]], ids[self.contexts[i] :]
+
+    def save(self, path: Path) -> None:
+        """Write the arrays as one .npz file, whole or not at all."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        write_atomic(path, buffer.getvalue())
+
+    @classmethod
+    def open(cls, path: Path) -> Answers:
+        """Read what `save` wrote; ValueError when it is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(
+                f"{path} is no file of tokenised conversations ({error}); delete it and run again"
+            ) from error
+
+
+def tokenise(
+    conversations: Iterable[Conversation], tokenizer: Any, *, skip_bad: bool = False, problems: list[str] | None = None
+) -> Answers:
+    """Every answer of every conversation, through the tokenizer's chat template.
+
+    Raises:
+        ValueError: with the place it was read from, for a conversation that the template refuses or that spells out a
+            special token, unless `skip_bad`, which adds the reason to `problems`.
+    """
+    ids: list[NDArray[np.int32]] = []
+    contexts, owner, sizes = [], [], []
+    for number, conversation in enumerate(conversations):
+        made = []
+        try:
+            for i, message in enumerate(conversation.messages):
+                if message["role"] == "assistant":
+                    turn = last_turn(tokenizer, conversation.messages[: i + 1])
+                    made.append((*turn_ids(tokenizer, turn), len(turn.answer.encode())))
+        except ValueError as error:
+            problem = f"{conversation.where}: {error}"
+            if not skip_bad:
+                raise ValueError(f"{problem} (or leave bad rows out: sft.skip_bad)") from error
+            if problems is not None:
+                problems.append(problem)
+            continue
+        for context, answer, size in made:
+            ids.append(np.array([*context, *answer], np.int32))
+            contexts.append(len(context))
+            owner.append(number)
+            sizes.append(size)
+    starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
+    return Answers(flat, starts, *(np.array(x, np.int64) for x in (contexts, owner, sizes)))
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Sequences of `length` tokens made of answers, for the loader: only answers and the EOS behind them are maskable.
+
+    Several samples share a sequence, kept apart by a document mask. `answers` tokens of each sample are its answer,
+    `extra` the EOS behind them; `skipped` and `truncated` count what did not fit.
+    """
+
+    source: Answers
+    length: int
+    special: SpecialTokens
+    eos_weight: float
+    which: NDArray[np.int64]  # (samples,): row of `source`
+    answers: NDArray[np.int64]  # (samples,)
+    extra: NDArray[np.int64]  # (samples,)
+    packs: list[NDArray[np.int64]] = field(repr=False)  # per sequence: its samples
+    skipped: int = 0
+    truncated: int = 0
+
+    @classmethod
+    def cut(
+        cls,
+        source: Answers,
+        length: int,
+        special: SpecialTokens,
+        *,
+        seed: int = 0,
+        eos_padding: EosPadding = "random",
+        eos_weight: float = 1.0,
+        too_long: Literal["skip", "truncate"] = "skip",
+        truncate_share: float = 0.0,
+    ) -> Conversations:
+        """Lay answers out in sequences; a function of its arguments, and what is drawn for a sample of (seed, index).
+
+        Args:
+            eos_padding: EOS tokens behind the answer's end: see the module.
+            eos_weight: weight of these in the loss; below 1 the model comes to think that answers are longer.
+            too_long: what does not fit its window with its context is left out, or loses its end.
+            truncate_share: share of the answers that are cut at a length drawn from 1..n, without an end: a canvas may
+                be too short, and is then to be filled without haste.
+
+        Raises:
+            ValueError: no answer fits.
+        """
+        if length < 3 or not 0 <= truncate_share <= 1 or eos_weight < 0:
+            raise ValueError(
+                f"length {length} must be at least 3 tokens, truncate_share {truncate_share} a share, eos_weight "
+                f"{eos_weight} not negative"
+            )
+        if eos_padding not in ("one", "random", "window"):
+            raise ValueError(f"unknown eos_padding {eos_padding!r}: use one, random or window")
+        # Row i is the same however many there are: the stream is read in order.
+        u = generator(seed, -2, purpose="shuffle").random((len(source), 3))
+        answers = np.diff(source.starts) - source.contexts
+        room = length - 1 - source.contexts
+        long = answers > room
+        fits = (room > 0) if too_long == "truncate" else ~long
+        cut = long | (u[:, 0] < truncate_share)
+        drawn = np.minimum(1 + (u[:, 1] * answers).astype(np.int64), room)
+        answers = np.where(long, room, np.where(cut, drawn, answers))
+        spare = np.maximum(room - answers, 0)
+        if eos_padding == "random":  # uniform in the logarithm of the canvas
+            extra = (answers * ((np.maximum(room, 1) / np.maximum(answers, 1)) ** u[:, 2] - 1)).astype(np.int64)
+        else:
+            extra = spare if eos_padding == "window" else np.zeros_like(spare)
+        extra = np.where(cut, 0, np.clip(extra, 0, spare))
+        which = np.flatnonzero(fits)
+        if not len(which):
+            raise ValueError(
+                f"none of {len(source)} answers fits a window of {length} tokens with its context; raise data.length, "
+                "or set sft.too_long = 'truncate'"
+            )
+        sizes = 1 + source.contexts + answers + extra
+        bins, count = best_fit(sizes[which], length)
+        packs = np.split(np.argsort(bins, kind="stable"), np.cumsum(np.bincount(bins, minlength=count))[:-1])
+        return cls(
+            source, length, special, eos_weight, which, answers[which], extra[which], packs,
+            skipped=len(source) - len(which), truncated=int((long & fits).sum()),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, maskable, document, valid) of one sequence, each (length,)."""
+        L = self.length
+        ids = np.full(L, self.special.pad, dtype=np.int64)
+        maskable, valid = np.zeros(L, dtype=bool), np.zeros(L, dtype=bool)
+        document = np.full(L, len(self.packs[index]), dtype=np.int64)
+        for k, (first, answer, behind, end) in enumerate(self._places(index)):
+            sample = self.packs[index][k]
+            context, text = self.source.pair(int(self.which[sample]))
+            ids[first] = self.special.bos
+            ids[first + 1 : answer] = context
+            ids[answer:behind] = text[: behind - answer]
+            ids[behind:end] = self.special.eos
+            maskable[answer:end] = True
+            valid[first:end] = True
+            document[first:end] = k
+        if self.special.mask is not None:
+            maskable &= ids != self.special.mask  # natural occurrences of a reused mask token
+        return ids, maskable, document, valid
+
+    def weights(self, index: int) -> NDArray[np.float32] | None:
+        """Factor of each token's weight in the loss, float32 (length,); None where all are 1."""
+        if self.eos_weight == 1:
+            return None
+        out = np.ones(self.length, dtype=np.float32)
+        for _, _, behind, end in self._places(index):
+            out[behind:end] = self.eos_weight
+        return out
+
+    def _places(self, index: int) -> list[tuple[int, int, int, int]]:
+        """(start token, first of the answer, first behind it, end) of each sample in a sequence."""
+        out, at = [], 0
+        for sample in self.packs[index].tolist():
+            answer = at + 1 + int(self.source.contexts[self.which[sample]])
+            behind = answer + int(self.answers[sample])
+            end = behind + int(self.extra[sample])
+            out.append((at, answer, behind, end))
+            at = end
+        return out

@@ -1,0 +1,329 @@
+"""Fine-tuning on conversations: `task = "sft"` in a recipe. Stages, each kept when it is finished:
+
+    init/     the diffusion checkpoint it begins from, its tokenizer with the chat template
+    data/     tokenised answers, train and held out        sft/         checkpoints of the training
+    model/    the fine-tuned model, or adapter/ for a LoRA (a peft folder; its base is init/)
+    scores.json   report.json, report.md
+
+The parent is a diffusion checkpoint, whose weights and `diffusion` dict are kept, or an autoregressive model, which is
+converted first. The measure is the bound on held-out answers given their contexts, before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import adapters, hub, released, runtime
+from .adapt import Run, as_source, claim, convert_stage, diffusion_of, is_first, open_arm, read_state, write_state
+from .answers import Answered, answer_heldout, answer_prompts, pick_heldout, response_bound, write_sft_report
+from .data.chat import Answers, Conversations, tokenise
+from .data.conversations import read_conversations
+from .data.loader import ORDER, Loader, Mixture
+from .denoiser import HFDenoiser
+from .layout import Annealing, Growth
+from .template import use_template
+from .tokenizer import SpecialTokens, load_tokenizer, special_tokens
+from .train.budget import find_budget, plan_budget
+from .train.checkpoint import full_model_state
+from .train.config import Recipe, to_dict
+from .train.loop import Progress, train
+from .train.metrics import read_metrics
+from .train.parallel import check_world, parallelize
+
+Stores = dict[str, tuple[Answers, Answers]]
+
+
+def sft(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    command: str = "",
+    offline: bool = False,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+    on_step: Callable[[str, Progress], None] = lambda arm, progress: None,
+) -> dict[str, Any]:
+    """Run a recipe of task "sft"; returns the report (also written to `out`). The same call resumes.
+
+    Raises:
+        ValueError: bad input, with the remedy.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    if recipe.task != "sft":
+        raise ValueError(f"recipe {recipe.name!r} has task {recipe.task!r}; run it with adapt, or set task = 'sft'")
+    where = runtime.pick_device(device)
+    with runtime.process_group(where) as (rank, world):
+        if rank:
+            say, on_step = (lambda _: None), (lambda arm, progress: None)
+        run = Run(recipe, Path(out), offline, say, on_step, where, compile=False)
+        return _stages(run, command, world)
+
+
+def _stages(run: Run, command: str, world: int) -> dict[str, Any]:
+    recipe, out, alone = run.recipe, run.out, runtime.on_first_rank
+    if world > 1 and recipe.sft.lora_rank:
+        raise ValueError("a LoRA is trained in one process; start it without torchrun, or set sft.lora_rank = 0")
+
+    def begin() -> bool:
+        check_world(recipe.train, world)
+        return claim(out, recipe, False)
+
+    fresh = alone(begin)
+    if alone((out / "report.json").is_file):
+        run.say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
+        done: dict[str, Any] = runtime.read_json(out / "report.json")
+        return done
+    wants = recipe.train.compile
+    run.compile = wants == "on" or (wants == "auto" and (run.device.type == "cuda" or alone(runtime.can_compile)))
+    started = time.perf_counter() - float(read_state(out).get("seconds_before", 0))
+    try:
+        alone(lambda: init_stage(run))
+        follow_checkpoint(run)
+        stores, counts = data_stage(run)
+        special = special_tokens(load_tokenizer(out / "init"))
+        requests = pick_heldout([held for _, held in stores.values()], special, recipe.data.length, recipe.eval.windows)
+        before = alone(lambda: score(run, "before", requests))
+        answered = alone(lambda: answers(run, "before", requests))
+        train_stage(run, stores, requests)
+        after = alone(lambda: score(run, "after", requests))
+        answered |= alone(lambda: answers(run, "after", requests))
+    except ValueError:
+        if is_first() and fresh and not (out / "sft").exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    finally:
+        if out.exists():
+            write_state(out, seconds_before=time.perf_counter() - started)
+
+    def conclude() -> dict[str, Any]:
+        rows = read_metrics(out / "sft")
+        report = {
+            "recipe": json.loads(json.dumps(to_dict(recipe))), "command": command, "data": counts, "before": before,
+            "after": after, "answers": answered, "train": rows, "dtype": read_state(out)["dtype"],
+            "seconds": time.perf_counter() - started, "model": str(result_folder(run)),
+        }  # fmt: skip
+        write_sft_report(report, out)
+        return report
+
+    return alone(conclude)
+
+
+# -------------------------------------------------------------------------------------------------------- stages
+
+
+def init_stage(run: Run) -> None:
+    """The checkpoint to begin from, with the chat template in its tokenizer."""
+    init, parent, length = run.out / "init", run.recipe.model.parent, run.recipe.data.length
+    if not (init / "config.json").is_file():
+        if not is_diffusion(parent, offline=run.offline):
+            convert_stage(run)
+        else:
+            run.say(f"beginning from the diffusion checkpoint {parent}")
+            model = hub.load(parent, device="cpu", dtype="stored", offline=run.offline)
+            inner: Any = model.denoiser.model
+            limit = getattr(inner.config, "max_position_embeddings", None)
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"data.length {length} is beyond the model's {limit} positions; choose at most {limit}"
+                )
+            diffusion = {**model.config, "trained_length": max(int(model.config["trained_length"]), length)}
+            hub.save(init, inner, model.tokenizer, diffusion)
+    tokenizer = load_tokenizer(init)
+    settings = run.recipe.sft
+    use_template(tokenizer, settings.chat_template, plain=settings.plain_template)
+    if settings.split_digits:
+        split_digits(tokenizer)
+    tokenizer.save_pretrained(init)
+
+
+def is_diffusion(reference: str, *, offline: bool) -> bool:
+    """Whether a model reference leads to a diffusion checkpoint, ours or a released one."""
+    folder, gguf = hub.resolve(reference, offline=offline)
+    raw = runtime.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return gguf is None and (isinstance(raw.get("diffusion"), dict) or released.recognise(folder, raw) is not None)
+
+
+def split_digits(tokenizer: Any) -> None:
+    """Let every digit be a token of its own, also in the tokenizer that is saved (the paper's GSM8K with GPT-2)."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    known = (json.loads(backend.to_str())["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if not any(entry["type"] == "Digits" for entry in known):
+        own = backend.pre_tokenizer
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, own] if own is not None else [digits])
+
+
+def follow_checkpoint(run: Run) -> None:
+    """Layout, source and block size are the checkpoint's, whatever the recipe's defaults say."""
+    diffusion = runtime.read_json(run.out / "init" / "config.json")["diffusion"]
+    model = dataclasses.replace(
+        run.recipe.model, layout=diffusion["layout"], source=diffusion["source"], block_size=diffusion.get("block_size")
+    )
+    run.recipe = dataclasses.replace(run.recipe, model=model)
+
+
+def data_stage(run: Run) -> tuple[Stores, dict[str, Any]]:
+    """Tokenised answers (train, held out) of every source, and what was counted on the way."""
+    folder, data, settings = run.out / "data", run.recipe.data, run.recipe.sft
+
+    def make() -> dict[str, Any]:
+        tokenizer, counts = load_tokenizer(run.out / "init"), {}
+        for config in data.sources:
+            run.say(f"reading conversations: {config.path}")
+            read = read_conversations(
+                as_source(config), heldout_fraction=data.heldout_fraction, skip_bad=settings.skip_bad
+            )
+            (folder / config.name).mkdir(parents=True, exist_ok=True)
+            count: dict[str, Any] = {"bad": read.bad, "duplicates": read.duplicates, "problems": list(read.problems)}
+            for split in ("train", "heldout"):
+                chosen = [c for c in read.conversations if c.heldout == (split == "heldout")]
+                problems: list[str] = []
+                found = tokenise(chosen, tokenizer, skip_bad=settings.skip_bad, problems=problems)
+                found.save(folder / config.name / f"{split}.npz")
+                count["bad"] += len(problems)
+                count["problems"] = [*count["problems"], *problems][:3]
+                tokens = int(len(found.ids) - found.contexts.sum())
+                count[split] = {"conversations": len(chosen), "answers": len(found), "answer_tokens": tokens}
+            counts[config.name] = count
+        runtime.write_atomic(folder / "conversations.json", json.dumps(counts, indent=1))
+        return counts
+
+    there = runtime.on_first_rank((folder / "conversations.json").is_file)
+    counts = runtime.read_json(folder / "conversations.json") if there else runtime.on_first_rank(make)
+    for name, count in counts.items():
+        run.say(
+            f"  {name}: {count['train']['answers']:,} answers ({count['train']['answer_tokens']:,} tokens) to train "
+            f"on, {count['heldout']['answers']:,} held out"
+        )
+        if count["bad"]:
+            run.say(f"  {name}: {count['bad']} bad rows left out; " + "; ".join(count["problems"]))
+    names = [source.name for source in data.sources]
+    return {
+        n: (Answers.open(folder / n / "train.npz"), Answers.open(folder / n / "heldout.npz")) for n in names
+    }, counts  # fmt: skip
+
+
+def result_folder(run: Run) -> Path:
+    return run.out / ("adapter" if run.recipe.sft.lora_rank else "model")
+
+
+def opened(run: Run, what: str) -> hub.Model:
+    """The model before or after, as anyone would open it."""
+    lora = what == "after" and run.recipe.sft.lora_rank
+    folder = run.out / ("model" if what == "after" and not lora else "init")
+    dtype = read_state(run.out).get("dtype") or "float32"
+    adapter = run.out / "adapter" if lora else None
+    return hub.load(folder, device=str(run.device), dtype=dtype, adapter=adapter, offline=True)
+
+
+def score(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
+    """The bound on held-out answers before or after; computed once, then read."""
+    stored = read_state(run.out).get(what)
+    if stored:
+        return dict(stored)
+    run.say(f"scoring {what} on {len(requests)} held-out answers")
+    open_arm(run, run.out / "init", causal=False)  # measures the dtype, once
+    model = opened(run, what)
+    found = bound(run, model.denoiser, requests, run.recipe.eval.draws)
+    run.say(f"  {found['nats_per_token']:.3f} +- {found['stderr_nats_per_token']:.3f} nats/token of the answers")
+    write_state(run.out, **{what: found})
+    return found
+
+
+def bound(run: Run, denoiser: HFDenoiser, requests: list[Answered], draws: int) -> dict[str, Any]:
+    """`response_bound` under the layout and process that the run trains."""
+    special = special_tokens(load_tokenizer(run.out / "init"))
+    layout, process = diffusion_of(run, special)
+    return response_bound(
+        denoiser, layout, process, special, requests, length=run.recipe.data.length, draws=draws,
+        seed=run.recipe.train.seed, skip=None if denoiser.mask_row_added else special.mask, device=run.device,
+    )  # fmt: skip
+
+
+def answers(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
+    """{what: answers to the recipe's prompts and to held-out questions}; computed once, then read."""
+    stored = read_state(run.out).get(f"answers_{what}")
+    if stored is None:
+        run.say(f"answering {what}")
+        model, settings = opened(run, what), run.recipe.eval
+        stored = {
+            "prompts": answer_prompts(model, settings.prompts, settings.max_tokens, settings.steps),
+            "heldout": answer_heldout(
+                model, requests[: run.recipe.sft.answers], run.recipe.data.length, settings.max_tokens, settings.steps
+            ),
+        }
+        write_state(run.out, **{f"answers_{what}": stored})
+    return {what: stored}
+
+
+def train_stage(run: Run, stores: Stores, requests: list[Answered]) -> None:
+    """Train, resuming if it was begun, and write the model or its adapter."""
+    final, recipe, config = result_folder(run), run.recipe, run.recipe.train
+    if (final / ("adapter_config.json" if recipe.sft.lora_rank else "config.json")).is_file():
+        return
+    denoiser, tokenizer, special = open_arm(run, run.out / "init", causal=False)
+    layout, process = diffusion_of(run, special)
+    lora = None
+    if recipe.sft.lora_rank:
+        lora = adapters.add_lora(
+            denoiser.model, int(special.mask or 0), rank=recipe.sft.lora_rank, alpha=recipe.sft.lora_alpha,
+            targets=recipe.sft.lora_targets, seed=config.seed,
+        )  # fmt: skip
+        denoiser.to(run.device)
+    run.say("fine-tuning" + (f" a LoRA of rank {recipe.sft.lora_rank}" if lora is not None else " all weights"))
+    parallelize(
+        denoiser, denoiser.precision, compile=run.compile,
+        activation_checkpointing=config.activation_checkpointing, replicas=config.replicas,
+    )  # fmt: skip
+    sequences: Any = [cut(run, name, train_set, special) for name, (train_set, _) in stores.items()]
+    weights = [float(len(q)) if s.weight is None else s.weight for q, s in zip(sequences, recipe.data.sources)]
+    loader = Loader(
+        Mixture(sequences, weights, config.seed), layout, process, config.batch, config.micro_batch, config.seed,
+        form=recipe.noise.form, complementary=recipe.noise.complementary, fixed_shapes=run.device.type == "cuda",
+    )  # fmt: skip
+    budget = plan_budget(
+        run.out / "sft", lambda: find_budget(config, loader, denoiser, length=recipe.data.length, device=run.device)
+    )
+    annealing = Annealing(round(config.annealing * budget.steps), config.seed)
+    growth = Growth(config.block_sizes, budget.steps) if config.block_sizes else None
+    loader = dataclasses.replace(loader, annealing=annealing, growth=growth)
+    few = requests[:: max(1, len(requests) // 6)][:6]
+    train(
+        denoiser, loader, config, run.out / "sft", budget=budget,
+        settings={"recipe": json.loads(json.dumps(to_dict(recipe))), "arm": "sft", "order": ORDER},
+        anneal_ratio=annealing.ratio, epochs=loader.mixture.epochs,
+        heldout=lambda: float(bound(run, denoiser, few, 3)["nats_per_token"]),
+        normalisation=recipe.noise.normalisation, report=lambda p: run.on_step("sft", p),
+    )  # fmt: skip
+    state = {k.removeprefix("model."): v for k, v in full_model_state(denoiser).items()}
+    seen = int(denoiser.config.diffusion.get("tokens_seen", 0)) + budget.steps * budget.tokens_per_step
+    diffusion = {**denoiser.config.diffusion, "tokens_seen": seen}
+    if lora is not None:
+        adapters.write_lora(final, lora, state, diffusion, base=str(run.out / "init"))
+        return
+    texts = ", ".join(" ".join((s.path, *s.more)) for s in recipe.data.sources)
+    card = f"Recipe `{recipe.name}`: fine-tuned on {texts}.\n"
+    runtime.on_first_rank(
+        lambda: hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=state, card=card)
+    )  # fmt: skip
+
+
+def cut(run: Run, name: str, source: Answers, special: SpecialTokens) -> Conversations:
+    """Training sequences of one source, and what did not fit, said aloud."""
+    settings = run.recipe.sft
+    made = Conversations.cut(
+        source, run.recipe.data.length, special, seed=run.recipe.train.seed, eos_padding=settings.eos_padding,
+        eos_weight=settings.eos_weight, too_long=settings.too_long, truncate_share=settings.truncate_share,
+    )  # fmt: skip
+    for count, what in ((made.skipped, "left out"), (made.truncated, "cut")):
+        if count:
+            run.say(f"  {name}: {count} answers are longer than the window of {made.length} tokens, {what}")
+    return made

@@ -1,0 +1,102 @@
+"""Programs that misbehave end soon, with everything they started; what cannot be kept from them is said."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from diffulm.eval import execute
+from diffulm.eval.execute import Limits, run
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX resource limits")
+QUICK = Limits(seconds=3.0, cpu_seconds=2, memory=1 << 28)
+
+
+def test_a_good_program_passes() -> None:
+    outcome = run("import math\nassert math.gcd(12, 18) == 6\nprint('fine')", QUICK)
+    assert outcome.passed and outcome.how == "passed"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("assert 1 == 2, 'wrong'", "AssertionError: wrong"),
+        ("def f(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(0)", ""),  # leaving early is no pass
+        ("import os; os._exit(0)", ""),
+        ("raise SystemExit", ""),
+        ("import nonesuch", "ModuleNotFoundError"),
+    ],
+)
+def test_what_fails(program: str, said: str) -> None:
+    outcome = run(program, QUICK)
+    assert outcome.how == "failed" and said in outcome.said
+
+
+def test_loops_end() -> None:
+    began = time.monotonic()
+    assert run("while True: pass", Limits(seconds=1.0)).how == "timeout"
+    assert run("import time; time.sleep(60)", Limits(seconds=1.0)).how == "timeout"
+    assert run("import os\nos.close(1); os.close(2)\nwhile True: pass", Limits(seconds=1.0)).how == "timeout"
+    assert time.monotonic() - began < 30
+    assert run("while True: pass", Limits(seconds=60.0, cpu_seconds=1)).how == "failed", "CPU time"
+
+
+def test_memory_and_files_are_limited() -> None:
+    assert "MemoryError" in run("x = bytearray(1 << 33)", QUICK).said
+    assert "File too large" in run("open('a', 'w').write('x' * (1 << 24))", QUICK).said
+
+
+def test_floods_end_and_are_not_kept() -> None:
+    for stream in ("stdout", "stderr"):
+        outcome = run(f"import sys\nwhile True: sys.{stream}.write('x' * 100_000)", QUICK)
+        assert outcome.how == "output" and len(outcome.said) <= 2000
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are watched through /proc")
+def test_forks_end_with_all_they_started() -> None:
+    mark = f"mark{os.getpid()}x{time.monotonic_ns()}"
+    bomb = f"import os\nname = '{mark}'\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    assert run(bomb, Limits(seconds=20.0, cpu_seconds=20)).how in ("processes", "failed")
+    # A child that stays behind in the group goes too, and its parent's end is not waited for through the pipe.
+    began = time.monotonic()
+    child = f"import subprocess\nsubprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(77)  # {mark}'])"
+    assert run(child, QUICK).passed and time.monotonic() - began < 15
+    time.sleep(0.2)
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in _bytes(p)]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_its_folder_is_its_own_and_goes(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, tempfile\nassert os.getcwd() == os.environ['HOME'] == tempfile.gettempdir()\n"
+        "assert sorted(os.environ) == ['HOME', 'LANG', 'TMPDIR'] or 'LC_CTYPE' in os.environ\n"
+        "open('left.txt', 'w').write('x')\nassert not sys.stdin.read()\nraise ValueError(os.getcwd())"
+    )
+    folder = run(program, QUICK).said.rpartition("ValueError: ")[2]
+    assert "diffulm-" in folder and not Path(folder).exists()
+
+
+def test_the_rest_of_the_disk_is_not_out_of_reach_and_we_say_so(tmp_path: Path) -> None:
+    """Best effort: nothing portable keeps a process of the same user from that user's files."""
+    outside = tmp_path / "outside"
+    assert run(f"open({str(outside)!r}, 'w').write('x')", QUICK).passed and outside.exists()
+    said = execute.__doc__ or ""
+    assert "NO SECURITY BOUNDARY" in said and "files outside its folder" in said
+
+
+def test_windows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute.os, "name", "nt")
+    with pytest.raises(ValueError, match="POSIX resource limits, which this system lacks"):
+        run("1")

@@ -1,0 +1,293 @@
+"""Fine-tuning: conversations in, a better model of answers out; all weights or a LoRA, either layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffulm import cli, hub
+from diffulm.adapt import adapt
+from diffulm.answers import histogram, same
+from diffulm.convert import convert
+from diffulm.sft import sft, split_digits
+from diffulm.tokenizer import encode, load_tokenizer
+from diffulm.train.config import (
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    Recipe,
+    SftConfig,
+    SourceConfig,
+    TrainConfig,
+    load_recipe,
+)
+
+from .conftest import build_parent, build_tokenizer
+from .dialogues import chat_tokenizer, talk, write_jsonl
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # from inside peft
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sft")
+    build_parent(root / "ar", tokenizer=chat_tokenizer(size=380))
+    build_parent(root / "bare", tokenizer=build_tokenizer(size=380))
+    convert(str(root / "ar"), root / "full", trained_length=64)
+    convert(str(root / "ar"), root / "block", layout="block", source="own", block_size=4, trained_length=64)
+    return {name: root / name for name in ("ar", "bare", "full", "block")}
+
+
+def talks(path: Path, n: int = 40) -> Path:
+    """Questions with one of two answers, so that little training tells."""
+    rows = [{"messages": talk(f"Is {i} odd?", "It is odd." if i % 2 else "No, even.")} for i in range(n)]
+    return write_jsonl(path, rows)
+
+
+def recipe_of(parent: Path, data: Path, **sft_options: Any) -> Recipe:
+    return Recipe(
+        name="tiny", task="sft", model=ModelConfig(str(parent)),
+        data=DataConfig((SourceConfig("talks", str(data)),), length=64, heldout_fraction=0.2),
+        train=TrainConfig(
+            batch=4, micro_batch=2, steps=6, learning_rate=5e-3, dtype="float32", compile="off", heldout_evaluations=2
+        ),
+        eval=EvalConfig(windows=6, draws=8, prompts=("Is 3 odd?",), max_tokens=8, steps=4),
+        sft=SftConfig(**{"answers": 3, **sft_options}),
+    )  # fmt: skip
+
+
+def quiet(text: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.mark.parametrize("kind", ["full", "block", "ar"])
+def test_all_weights(kind: str, parents: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(parents[kind], talks(tmp_path / "talks.jsonl"))
+    report = sft(recipe, tmp_path / "run", device="cpu", say=quiet)
+    assert [row["step"] for row in report["train"]] == list(range(1, 7))
+    gain = report["before"]["nats_per_token"] - report["after"]["nats_per_token"]
+    assert gain > 0.3 and report["before"]["answers"] == report["after"]["answers"] == 6
+    config = json.loads((tmp_path / "run/model/config.json").read_text())["diffusion"]
+    assert config["layout"] == ("block" if kind == "block" else "full") and config["tokens_seen"] == 6 * 4 * 64
+    if kind != "ar":
+        assert config["parent"] == str(parents["ar"]), "the dict of the parent checkpoint is kept"
+        old, new = (load_file(f / "model.safetensors") for f in (parents[kind], tmp_path / "run/init"))
+        assert all(torch.equal(old[key], new[key]) for key in old)
+    answered = report["answers"]
+    assert [row["prompt"] for row in answered["after"]["prompts"]] == ["Is 3 odd?"]
+    assert len(answered["before"]["heldout"]) == len(answered["after"]["heldout"]) == 3
+    text = (tmp_path / "run/report.md").read_text()
+    assert "| before |" in text and "## Held-out questions" in text and "**Is 3 odd?**" in text
+    # The same call reads what is there; another recipe is refused.
+    said: list[str] = []
+    assert sft(recipe, tmp_path / "run", device="cpu", say=said.append) == report and "is finished" in said[0]
+    other = dataclasses.replace(recipe, sft=SftConfig(answers=2))
+    with pytest.raises(ValueError, match="other settings"):
+        sft(other, tmp_path / "run", device="cpu", say=quiet)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(parents: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(parents["full"], talks(tmp_path / "talks.jsonl"), eos_weight=0.5, truncate_share=0.2)
+    whole = sft(recipe, tmp_path / "whole", device="cpu", say=quiet)
+
+    def stop(arm: str, progress: Any) -> None:
+        if progress.step == 3:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        sft(recipe, tmp_path / "cut", device="cpu", say=quiet, on_step=stop)
+    again = sft(recipe, tmp_path / "cut", device="cpu", say=quiet)
+    assert again["after"] == whole["after"] and [r["loss"] for r in again["train"]] == [
+        r["loss"] for r in whole["train"]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["full", "block"])
+def test_a_lora_is_a_peft_folder_that_merges(kind: str, parents: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = recipe_of(parents[kind], talks(tmp_path / "talks.jsonl"), lora_rank=4, lora_alpha=8.0)
+    report = sft(recipe, tmp_path / "run", device="cpu", say=quiet)
+    assert report["before"]["nats_per_token"] - report["after"]["nats_per_token"] > 0.1
+    adapter = tmp_path / "run/adapter"
+    assert report["model"] == str(adapter) and not (tmp_path / "run/model").exists()
+    assert json.loads((adapter / "diffusion.json").read_text())["layout"] == kind
+    weights = load_file(adapter / "adapter_model.safetensors")
+    mask = hub.load(parents[kind], device="cpu", dtype="float32").process.mask_token_id
+    (row,) = [value for key, value in weights.items() if "trainable_tokens_delta" in key]
+    before = load_file(parents[kind] / "model.safetensors")["model.embed_tokens.weight"]
+    assert row.shape == (1, 32) and not torch.equal(row[0], before[mask]), "the mask row is trained"
+    assert cli.main(["export", str(tmp_path / "run/init"), str(tmp_path / "merged"), "--adapter", str(adapter)]) == 0
+    merged = load_file(tmp_path / "merged/model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(merged[mask], row[0])
+    kept = torch.arange(len(before)) != mask
+    assert torch.equal(merged[kept], before[kept]), "and no other"
+
+
+def test_a_recipe_by_the_command_line_and_chat_with_what_came_out(
+    parents: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    talks(tmp_path / "talks.jsonl")
+    (tmp_path / "r.toml").write_text(f"""
+task = "sft"
+[model]
+parent = "{parents["bare"]}"
+[data]
+length = 64
+heldout_fraction = 0.2
+sources = [{{ name = "talks", path = "{tmp_path / "talks.jsonl"}" }}]
+[train]
+batch = 4
+dtype = "float32"
+compile = "off"
+steps = 2
+[eval]
+windows = 2
+[sft]
+chat_template = "{{% for m in messages %}}[{{{{ m.role }}}}]\\n{{{{ m.content }}}}{{{{ eos_token }}}}{{% endfor %}}"
+""")
+    assert load_recipe(tmp_path / "r.toml").sft.eos_padding == "random"
+    assert cli.main(["train", str(tmp_path / "r.toml"), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert "nats/token" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is 3 odd?\n"))
+    flags = ("--max-tokens", "4", "--dtype", "float32", "--device", "cpu")
+    assert cli.main(["chat", str(tmp_path / "run/model"), *flags]) == 0, "the template went with the model"
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_template_is_needed_and_nothing_is_left_behind(parents: Any, tmp_path: Path) -> None:
+    data = talks(tmp_path / "talks.jsonl")
+    with pytest.raises(ValueError, match=r"no chat template.*sft\.chat_template, sft\.plain_template"):
+        sft(recipe_of(parents["bare"], data), tmp_path / "run", device="cpu", say=quiet)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match=r"beyond the model's 128 positions"):
+        recipe = recipe_of(parents["full"], data)
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, length=256))
+        sft(recipe, tmp_path / "run", device="cpu", say=quiet)
+
+
+def test_bad_rows_are_named_or_counted_aloud(parents: Any, tmp_path: Path) -> None:
+    path = talks(tmp_path / "talks.jsonl")
+    with path.open("a") as file:
+        file.write('{"messages": []}\n' + json.dumps({"messages": talk("a</s>", "b")}) + "\n")
+    with pytest.raises(ValueError, match=r"talks\.jsonl, line 41: there are no messages"):
+        sft(recipe_of(parents["full"], path), tmp_path / "run", device="cpu", say=quiet)
+    said: list[str] = []
+    report = sft(recipe_of(parents["full"], path, skip_bad=True), tmp_path / "run", device="cpu", say=said.append)
+    assert report["data"]["talks"]["bad"] == 2 and any("2 bad rows left out" in line for line in said)
+
+
+def test_long_answers_are_counted_aloud_and_something_must_be_held_out(parents: Any, tmp_path: Path) -> None:
+    path = talks(tmp_path / "talks.jsonl")
+    with path.open("a") as file:
+        file.write("".join(json.dumps({"messages": talk(f"{i}?", "long " * 90)}) + "\n" for i in range(20)))
+    said: list[str] = []
+    sft(recipe_of(parents["full"], path), tmp_path / "run", device="cpu", say=said.append)
+    assert any("answers are longer than the window of 64 tokens, left out" in line for line in said)
+    recipe = recipe_of(parents["full"], path)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout_fraction=0.0))
+    with pytest.raises(ValueError, match="no answer is held out to measure with"):
+        sft(recipe, tmp_path / "other", device="cpu", say=quiet)
+
+
+def test_each_task_has_its_own_job(parents: Any, tmp_path: Path) -> None:
+    recipe = recipe_of(parents["full"], tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match="task 'sft'"):
+        adapt(recipe, tmp_path / "run")
+    with pytest.raises(ValueError, match="task 'adapt'"):
+        sft(Recipe(), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"the table \[sft\] has no effect with task = 'adapt'"):
+        dataclasses.replace(recipe, task="adapt")
+    with pytest.raises(ValueError, match="never cut across sequences"):
+        dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, pack="concat"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"truncate_share": 1.5}, {"eos_weight": -1.0}, {"lora_rank": -1}, {"chat_template": "{", "plain_template": True}],
+)
+def test_settings_that_cannot_be(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="sft"):
+        SftConfig(**bad)
+
+
+# ---------------------------------------------------------------------------------------------------------- GSM8K
+
+
+def test_digits_are_split_in_the_saved_tokenizer_too(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(size=400)
+    tokenizer.add_tokens(["12"])
+    text = "There are 120 foxes, 0 1 2 and 12 dogs: <<120+12=132>>"
+    split_digits(tokenizer)
+    split_digits(tokenizer)  # once is enough
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    for one in (tokenizer, again):
+        pieces = [one.convert_ids_to_tokens(i) for i in encode(one, text.replace("12", "34"))]
+        assert all(len(p.strip("Ġ")) == 1 for p in pieces if any(c.isdigit() for c in p))
+        assert one.decode(encode(one, text)) == text
+
+
+def test_exact_match_and_where_answers_end() -> None:
+    assert same("<<1+1=2>> #### 1,200", "<<600*2=1200>> #### 1200") and not same("1200", "#### 1200")
+    assert same(" yes\n", "yes") and not same("yes.", "yes")
+    rows = [{"end": 0, "room": 16}, {"end": 5, "room": 16}, {"end": 16, "room": 16}]
+    assert histogram(rows, "end") == [1, 0, 1, 0, 0, 0, 0, 1]
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SFT_RECIPES = [path.stem for path in sorted(RECIPES.glob("*.toml")) if 'task = "sft"' in path.read_text("utf-8")]
+
+
+def test_the_papers_numbers_of_gsm8k() -> None:
+    gpt, llama = (load_recipe(RECIPES / f"gsm8k-{name}.toml") for name in ("diffugpt", "diffullama"))
+    for recipe in (gpt, llama):
+        assert recipe.data.length == 256 and recipe.eval.steps == 64 and recipe.sft.eos_padding == "window"
+        noise = recipe.noise
+        assert (noise.form, noise.t_min, noise.normalisation) == ("rate", 1e-3, "masked")
+    assert (gpt.train.batch, gpt.train.learning_rate, gpt.train.steps) == (128, 3e-4, 200 * 380_000 // 128)
+    assert gpt.train.warmup * gpt.train.steps == 2000 and gpt.sft.split_digits and not gpt.sft.lora_rank
+    assert (llama.sft.lora_rank, llama.train.learning_rate, llama.sft.split_digits) == (16, 1e-4, False)
+
+
+@pytest.mark.parametrize("name", SFT_RECIPES)
+def test_two_steps_of_every_recipe(name: str, tmp_path: Path) -> None:
+    """On a tiny random parent: its kind, paths, length, batch, budget, dtype and how much is measured are replaced."""
+    recipe = load_recipe(RECIPES / f"{name}.toml")
+    tokenizer = chat_tokenizer(size=380)
+    tokenizer.add_tokens(["======", "========"])
+    build_parent(tmp_path / "ar", "gpt2" if name == "gsm8k-diffugpt" else "llama", tokenizer=tokenizer)
+    convert(str(tmp_path / "ar"), tmp_path / "parent", trained_length=64)
+    rows = [{"instruction": f"{i} and {i}?", "output": f"<<{i}+{i}={2 * i}>> #### {2 * i}"} for i in range(40)]
+    source = SourceConfig("sums", str(write_jsonl(tmp_path / "sums.jsonl", rows)))
+    tiny = dataclasses.replace(
+        recipe,
+        model=ModelConfig(str(tmp_path / "parent")),
+        data=dataclasses.replace(recipe.data, sources=(source,), length=96, heldout_fraction=0.2),
+        train=dataclasses.replace(
+            recipe.train, batch=4, micro_batch=2, steps=2, minutes=None, dtype="float32", compile="off"
+        ),
+        eval=dataclasses.replace(
+            recipe.eval, windows=2, draws=2, prompts=recipe.eval.prompts[:1], max_tokens=8, steps=2
+        ),
+        sft=dataclasses.replace(recipe.sft, answers=2),
+    )
+    report = sft(tiny, tmp_path / "run", device="cpu", say=quiet)
+    assert [row["step"] for row in report["train"]] == [1, 2] and len(report["answers"]["after"]["heldout"]) == 2
+    if name.startswith("gsm8k"):
+        asked = report["answers"]["after"]["heldout"][0]
+        separator = "======" if name == "gsm8k-diffugpt" else "========"
+        start = load_tokenizer(tmp_path / "run/init").bos_token
+        assert asked["question"].endswith(f"?{start}{separator}") and asked["truth"].startswith("<<")

@@ -1,0 +1,309 @@
+"""What a step costs, before it is run: operations, bytes, hours, money."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffulm import hub
+from diffulm.cli import main
+from diffulm.denoiser import HFDenoiser
+from diffulm.layout import Block, Causal, Full, NoisedBatch
+from diffulm.objective import diffusion_loss
+from diffulm.runtime import parse_precision
+from diffulm.train.config import DataConfig, ModelConfig, Recipe, TrainConfig
+from diffulm.train.flops import Shape, Work, flops_per_token
+from diffulm.train.memory import MemoryModel, some_rows
+from diffulm.train.optim import build_optimizers
+from diffulm.train.parallel import parallelize
+from diffulm.train.plan import FAILURES, GPUS, WRITE_SPEED, checkpoint_interval, find_gpu, plan
+
+from ..conftest import tiny_config
+
+SIZES = {
+    "narrow": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab": 1000},
+    "deep": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "vocab": 500},
+    "wide head": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "vocab": 12000},
+}
+
+
+def config_of(size: str, **changes: Any) -> Any:
+    return tiny_config("llama", **{**SIZES[size], **changes})
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", ["full", "block", "causal"])
+def test_operations_are_those_that_torch_counts(family: str, kind: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(family, vocab=200)
+    config._attn_implementation = "eager"  # torch does not count the CPU's fused attention
+    model = hub.skeleton(config)
+    model.config.is_causal = kind != "full" and kind != "block"
+    denoiser = HFDenoiser(model.train(), 199)
+    B, L = 3, 32
+    ids = torch.randint(2, 150, (B, L))
+    noised = torch.zeros(B, L, dtype=torch.bool)
+    noised[:, 1::2] = True
+    everything = torch.ones_like(noised)
+    everything[:, 0] = False
+    zeros = torch.zeros_like(ids)
+    batch = NoisedBatch(ids, ids, noised, everything, noised.float(), zeros, torch.ones_like(noised), zeros)
+    layout: Any = {"full": Full(), "block": Block(8, "launch"), "causal": Causal()}[kind]
+    rows = layout.training_rows(batch)
+    shape = Shape.of(model)
+    R, N = rows.ids.shape[1], len(rows.source)
+    with FlopCounterMode(display=False) as counter:
+        loss = diffusion_loss(denoiser, rows).sum
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert forward == pytest.approx(shape.forward(B * R, B * R * R, N), rel=1e-3)
+    assert counter.get_total_flops() == pytest.approx(shape.executed(B * R, B * R * R, N), rel=1e-3)
+    recipe = Recipe(
+        model=ModelConfig(layout="block" if kind == "block" else "full", source="launch" if kind == "block" else "own",
+                          block_size=8 if kind == "block" else None),
+        data=DataConfig(length=L),
+    )  # fmt: skip
+    work = Work.of(recipe, causal=kind == "causal")
+    assert (work.rows, work.pairs) == (R, R * R) and abs(work.wanted - N / B) <= 0.5
+    assert flops_per_token(shape, work) * L * B == pytest.approx(shape.train(B * R, B * R * R, N), rel=0.02)
+
+
+def test_experts_count_as_often_as_they_are_asked() -> None:
+    import transformers as tf
+
+    sizes = {
+        "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 8,
+        "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8,
+    }  # fmt: skip
+    with torch.device("meta"):
+        shape = Shape.of(hub.skeleton(tf.Qwen3MoeConfig(**sizes)))
+    attention = 32 * 32 * 2 + 32 * 16 * 2
+    assert shape.matrix == 2 * (attention + 8 * 32 + 2 * 3 * 32 * 16)
+
+
+# ---------------------------------------------------------------------------------------------------------- bytes
+
+
+def memory_of(config: Any, length: int, dtype: str, optimizer: str = "adamw", shards: int = 1) -> MemoryModel:
+    with torch.device("meta"):
+        shape = Shape.of(hub.skeleton(config))
+    work = Work(length, length, length**2, length / 2)
+    return MemoryModel(config, shape, work, parse_precision(dtype), optimizer, shards, False)
+
+
+def tracked(config: Any, length: int, sequences: int, dtype: str, checkpointing: bool) -> dict[str, int]:
+    """Bytes at the peak of two accumulated micro-batches, moments present, as torch's MemTracker sees them."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model = hub.skeleton(config)
+    denoiser = HFDenoiser(model.train(), None, precision=parse_precision(dtype))
+    parallelize(denoiser, denoiser.precision, compile=False, activation_checkpointing=checkpointing)
+    (optimizer,) = build_optimizers(denoiser, TrainConfig())
+    rows = some_rows(Work(length, length, length**2, length / 2), sequences)
+    tracker = MemTracker()
+    tracker.track_external(denoiser, optimizer)
+    with tracker:
+        for step in range(2):
+            for _ in range(2 if step else 1):
+                diffusion_loss(denoiser, rows).sum.backward()
+                tracker.reset_mod_stats()
+            optimizer.step()
+            if not step:
+                optimizer.zero_grad()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return {str(key).rsplit(".", 1)[-1]: value for key, value in peak.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "autocast"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bytes_are_those_that_torch_tracks(size: str, dtype: str, checkpointing: bool) -> None:
+    config = config_of(size)
+    parts = memory_of(config, 128, dtype).parts(4, checkpointing=checkpointing)
+    peak = tracked(config, 128, 4, dtype, checkpointing)
+    assert parts["parameters"] == peak["PARAM"] and parts["gradients"] == peak["GRAD"]
+    assert parts["optimizer"] == pytest.approx(peak["OPT"], rel=1e-3)  # torch counts its step numbers too
+    assert sum(parts.values()) == pytest.approx(peak["Total"], rel=0.1)
+
+
+LLAMA = {
+    "7B": ({"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32}, 6_738_415_616),
+    "70B": ({"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+             "num_key_value_heads": 8}, 68_976_648_192),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_large_models_from_their_shape_alone(name: str) -> None:
+    sizes, published = LLAMA[name]
+    config = tiny_config("llama", vocab=32000, tie_word_embeddings=False, max_position_embeddings=4096, **sizes)
+    with torch.device("meta"):
+        model = hub.skeleton(config)
+        real = sum(p.numel() * p.itemsize for p in model.parameters())
+    memory = memory_of(config, 2048, "autocast", shards=64)
+    assert memory.shape.parameters == published and real == 4 * published
+    parts = memory.parts(1, checkpointing=True)
+    assert parts["parameters"] == parts["gradients"] == -(-real // 64)
+    assert parts["optimizer"] == -(-2 * real // 64)
+    assert memory.shape.layers == sizes["num_hidden_layers"]
+    # 34 B R D bytes a layer is what a plain layer keeps (arXiv 2205.05198); SwiGLU and float32 streams keep more.
+    kept = memory.kept.sequence_layer / (2048 * sizes["hidden_size"])
+    assert 34 < kept < 110
+    assert memory.kept_with_checkpointing.sequence_layer == 2048 * sizes["hidden_size"] * 4
+
+
+def test_more_sequences_take_more_and_the_largest_that_fits_is_found() -> None:
+    memory = memory_of(config_of("narrow"), 64, "float32")
+    sizes = [sum(memory.parts(n, checkpointing=False).values()) for n in range(1, 9)]
+    assert sizes == sorted(sizes)
+    for limit in (3, 8):
+        assert memory.largest(sizes[4], limit=limit, checkpointing=False) == min(5, limit)
+    assert memory.largest(sizes[0] - 1, limit=8, checkpointing=False) == 0
+    assert (
+        memory_of(config_of("narrow"), 64, "float32", "muon").parts(1, checkpointing=False)["optimizer"]
+        < (memory.parts(1, checkpointing=False)["optimizer"])
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def tiny_recipe(**train: Any) -> Recipe:
+    settings = {"batch": 64, "micro_batch": 2, "steps": 100, "dtype": "autocast", **train}
+    return Recipe(data=DataConfig(length=64, pack="concat"), train=TrainConfig(**settings))
+
+
+def test_hours_cost_and_checkpoints_follow_from_the_operations() -> None:
+    config = config_of("narrow")
+    found = plan(tiny_recipe(), config, gpu="h100", count=8, mfu=0.5, price=2.0)
+    assert found.tokens == 64 * 64 * 100
+    assert found.tokens_per_second == pytest.approx(8 * 989e12 * 0.5 / found.flops_per_token)
+    assert found.hours == pytest.approx(found.tokens / found.tokens_per_second / 3600)
+    assert found.cost == pytest.approx(found.hours * 8 * 2)
+    assert found.checkpoint_bytes == 12 * found.shape.parameters
+    assert plan(tiny_recipe(), config, gpu="h100", count=16, mfu=0.5).hours == pytest.approx(found.hours / 2)
+    assert plan(tiny_recipe(steps=None, minutes=30.0), config, gpu="h100", count=1).hours == 0.5
+    assert plan(tiny_recipe(steps=None), config, gpu="h100", count=1).hours is None
+
+
+def test_the_interval_loses_least() -> None:
+    """Time lost per hour = writing / interval + failures x interval / 2."""
+    size, gpus = 80e9, 64
+
+    def lost(interval: float) -> float:
+        return size / WRITE_SPEED / interval + FAILURES * gpus / 3600 * interval / 2
+
+    best = checkpoint_interval(size, gpus)
+    assert all(lost(best) < lost(best * factor) for factor in (0.5, 0.9, 1.1, 2))
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("narrow")
+    monkeypatch.setitem(GPUS, "toy", dataclasses.replace(GPUS["h100"], memory=40e6))
+    found = plan(tiny_recipe(micro_batch=64), config, gpu="toy", count=1)
+    plain, again = found.choices
+    assert 1 < plain.largest < again.largest
+    memory = memory_of(config, 64, "autocast")
+    for choice in found.choices:
+        sizes = [sum(memory.parts(choice.largest + n, checkpointing=choice.checkpointing).values()) for n in (0, 1)]
+        assert sizes[0] <= found.usable and (sizes[1] > found.usable or choice.largest == 64)
+    assert f"set it to {plain.largest} or less" in found.advice[0]
+    monkeypatch.setitem(GPUS, "toy", dataclasses.replace(GPUS["h100"], memory=1e6))
+    assert "not even one sequence" in plan(tiny_recipe(), config, gpu="toy", count=1).advice[0]
+
+
+def test_shards_divide_what_is_sharded_and_masks_are_counted_where_they_are_dense() -> None:
+    config = config_of("narrow")
+    one, eight = (plan(tiny_recipe(), config, gpu="h100", count=n).asked.parts for n in (1, 8))
+    assert eight["optimizer"] == -(-one["optimizer"] // 8) and eight["activations"] == one["activations"]
+    assert "gathered weights" in eight and "gathered weights" not in one
+    hsdp = plan(tiny_recipe(replicas=2), config, gpu="h100", count=8).asked.parts
+    assert hsdp["optimizer"] == -(-one["optimizer"] // 4)
+    packed = dataclasses.replace(tiny_recipe(), data=DataConfig(length=64, pack="documents"))
+    assert "attention mask" not in plan(packed, config, gpu="h100", count=1).asked.parts
+    assert plan(packed, config, gpu="cpu", count=1).asked.parts["attention mask"] == 2 * 64 * 64 * 6
+    assert find_gpu("cpu", parse_precision("float32")).flops > 1e8
+
+
+def test_bad_questions() -> None:
+    config = config_of("narrow")
+    with pytest.raises(ValueError, match=r"unknown GPU 'h300'; known: a100-40, .*cpu"):
+        plan(tiny_recipe(), config, gpu="h300", count=1)
+    with pytest.raises(ValueError, match="7 processes do not divide"):
+        plan(tiny_recipe(), config, gpu="h100", count=7)
+    with pytest.raises(ValueError, match="MFU"):
+        plan(tiny_recipe(), config, gpu="h100", count=1, mfu=1.2)
+    longer = dataclasses.replace(tiny_recipe(), data=DataConfig(length=256))
+    with pytest.raises(ValueError, match=r"data\.length = 256 is more than the parent's 128 positions"):
+        plan(longer, config, gpu="h100", count=1)
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_the_verb_prints_a_plan_and_writes_a_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    sizes, published = LLAMA["7B"]
+    config = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    where = tmp_path if place == "folder" else tmp_path / "config.json"
+    script = tmp_path / "job.sh"
+    words = ["plan", "diffullama-7b", "--gpu", "h200", "--count", "64", "--price", "3", "--config", str(where)]
+    assert main([*words, "--json", "--slurm", str(script)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shape"]["parameters"] == published and 20 < found["hours"] < 50
+    assert found["cost"] == pytest.approx(found["hours"] * 64 * 3)
+    text = script.read_text()
+    assert "--nodes=8" in text and "--nproc-per-node=8" in text and "--signal=B:TERM@300" in text
+    assert "-m diffulm train diffullama-7b --out runs/diffullama-7b" in text
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "memory per GPU" in shown and "largest micro-batch" in shown and "Young/Daly" in shown
+
+
+def test_the_verb_says_what_to_do_without_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "diffullama-7b", "--offline"]) == 2
+    assert "give --config FOLDER_OR_JSON" in capsys.readouterr().err
+    assert main(["plan", "diffullama-7b", "--config", str(tmp_path)]) == 2
+    assert "give a folder with the model's config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
+    assert main(["plan", "diffullama-7b", "--config", str(tmp_path)]) == 2
+    assert "no config of a model that transformers knows" in capsys.readouterr().err
+    sizes = {**LLAMA["7B"][0], "num_hidden_layers": 2}
+    config = {"model_type": "llama", "vocab_size": 99, "max_position_embeddings": 4096, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["plan", "diffullama-7b", "--config", str(tmp_path), "--count", "20"]
+    assert main([*words, "--slurm", str(tmp_path / "job.sh")]) == 2
+    assert "do not fill nodes of 8" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- doctor
+
+
+def test_the_doctor_finds_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFULM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("diffulm.runtime.can_compile", lambda: False)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "x").write_bytes(b"12345")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache_bytes"] == 5 and not found["embedded_model"] and found["torch"] == torch.__version__
+    assert found["cores"] >= 1 and found["dtype"]["train"].startswith("float32") and found["seconds"]
+    assert any("C++ compiler" in w for w in found["warnings"]) and any("not fetched" in w for w in found["warnings"])
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "warning: torch.compile does not work" in shown and "free disk bytes" in shown
