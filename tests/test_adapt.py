@@ -17,7 +17,7 @@ import torch
 import diffulm
 from diffulm.adapt import MARKER, adapt
 from diffulm.train.config import DataConfig, EvalConfig, ModelConfig, Recipe, SourceConfig, TrainConfig
-from diffulm.train.metrics import read_metrics
+from diffulm.train.metrics import CLOCK, read_metrics
 
 from .conftest import CORPUS
 
@@ -180,8 +180,7 @@ NUMBERS = ("bits_per_byte", "stderr", "nats_per_token", "by_level", "forwards", 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
     """A report without what a clock or a path decides."""
     arms = {
-        arm: [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-        for arm, rows in report["train"].items()
+        arm: [{k: v for k, v in row.items() if k not in CLOCK} for row in rows] for arm, rows in report["train"].items()
     }
     scores = {k: {n: report[k][n] for n in NUMBERS} for k in ("parent", "before", "after", "parent_continued")}
     return {"train": arms, "gain": report["gain"], "samples": report["samples"], "heldout": report["heldout"], **scores}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffulm.denoiser
-from diffulm.denoiser import HFDenoiser, check_attention, check_head
+from diffulm.denoiser import ChunkedNLL, HFDenoiser, check_attention, check_head
 from diffulm.layout import Annealing, Block, Causal, Full, NoisedBatch, Rows
 from diffulm.objective import Normalisation, diffusion_loss
 from diffulm.process import MaskedDiffusion
@@ -298,6 +299,47 @@ def test_the_chunk_size_changes_nothing(chunk: int, monkeypatch: pytest.MonkeyPa
     expected = losses(denoiser, rows)
     monkeypatch.setattr(diffulm.denoiser, "CHUNK", chunk)
     assert_same(losses(denoiser, rows), expected)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi"])
+def test_a_frozen_head_costs_no_gradient_and_changes_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soft-capped logits (gemma2), a bias (phi): the hidden states' gradient is the same, the head's is not made."""
+    denoiser, rows = build(name), Full().training_rows(batch_of([[L], [9]]))
+    weight, bias = denoiser.head.weight.detach(), denoiser.head.bias
+    bias = None if bias is None else bias.detach()
+    hidden = denoiser.hidden(rows).flatten(0, 1)[rows.source].detach().requires_grad_()
+    everywhere = torch.ones_like(rows.source, dtype=torch.bool)
+    real, made = ChunkedNLL.backward, []
+    monkeypatch.setattr(ChunkedNLL, "backward", staticmethod(lambda *a: made.append(real(*a)) or made[-1]))
+
+    def grads(*, trains: bool) -> list[Tensor]:
+        head = [None if x is None else x.clone().requires_grad_(trains) for x in (weight, bias)]
+        inputs = [hidden, *(x for x in head if x is not None and trains)]
+        nll = ChunkedNLL.apply(hidden, *head, rows.target, everywhere, MASK, denoiser.config)
+        found = list(torch.autograd.grad((nll * rows.weight).sum(), inputs))
+        assert [g is not None for g in made[-1][:3]] == [True, trains, trains and bias is not None]
+        return found
+
+    alone, *_ = grads(trains=False)
+    together, *of_head = grads(trains=True)
+    assert torch.equal(alone, together) and alone.any() and all(g.any() for g in of_head)
+    assert len(of_head) == (1 if bias is None else 2)
+
+
+def test_only_one_chunk_of_logits_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever a chunk is computed, forward or backward, the one before it is gone."""
+    made: list[weakref.ref[Tensor]] = []
+    real = diffulm.denoiser._chunk_logits
+
+    def watched(*arguments: Any) -> Tensor:
+        assert not any(one() is not None for one in made)
+        made.append(weakref.ref(logits := real(*arguments)))
+        return logits
+
+    monkeypatch.setattr(diffulm.denoiser, "_chunk_logits", watched)
+    denoiser = build("llama")
+    losses(denoiser, Full().training_rows(batch_of([[L]])))
+    assert len(made) == 2 * -(-V // SMALL_CHUNK)
 
 
 def test_capacity_rows_change_neither_loss_nor_gradient() -> None:

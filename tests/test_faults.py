@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diffulm.train.checkpoint import checkpoints, latest
-from diffulm.train.metrics import read_metrics
+from diffulm.train.metrics import CLOCK, read_metrics
 
 from .test_adapt import weights_of, write_text
 
@@ -93,8 +93,7 @@ def figures(out: Path) -> dict[str, Any]:
     """The report without times, paths and memory."""
     report = json.loads((out / "report.json").read_text())
     train = {
-        arm: [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-        for arm, rows in report["train"].items()
+        arm: [{k: v for k, v in row.items() if k not in CLOCK} for row in rows] for arm, rows in report["train"].items()
     }
     kept = ("parent", "parent_continued", "before", "after", "gain", "samples", "heldout", "tokens", "dtype")
     return {"train": train, **{k: report[k] for k in kept if k in report}}

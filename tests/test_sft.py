@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffulm import cli, hub
+from diffulm import answers, cli, hub
 from diffulm.adapt import adapt
 from diffulm.answers import histogram, same
 from diffulm.convert import convert
@@ -238,6 +238,21 @@ def test_digits_are_split_in_the_saved_tokenizer_too(tmp_path: Path) -> None:
         pieces = [one.convert_ids_to_tokens(i) for i in encode(one, text.replace("12", "34"))]
         assert all(len(p.strip("Ġ")) == 1 for p in pieces if any(c.isdigit() for c in p))
         assert one.decode(encode(one, text)) == text
+
+
+def test_a_held_out_question_ends_with_a_whole_block(parents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block cut short invites the end; what was written in the rest of the last block is not looked at."""
+    model, seen = hub.load(parents["block"], device="cpu", dtype="float32"), []
+
+    def run(model: Any, canvas: Any, steps: int, *args: Any, tokens: int, **more: Any) -> torch.Tensor:
+        seen.append((canvas.ids.shape[1], tokens))
+        return torch.where(canvas.editable, 9, canvas.ids)
+
+    monkeypatch.setattr(answers, "run", run)
+    question = answers.Answered(answers.Request((0, 5, 6), (7, 8, 1)), (0, 0), 3)
+    (row,) = answers.answer_heldout(model, [question], 64, 6, 6)
+    size = model.layout.size
+    assert seen == [(-(-9 // size) * size, 6)] and seen[0][0] > 9 and row["room"] == row["end"] == 6
 
 
 def test_exact_match_and_where_answers_end() -> None:

@@ -66,6 +66,13 @@ def test_a_template_without_an_end_gets_end_of_text() -> None:
     assert turn_ids(tokenizer, turn)[1][-1] == tokenizer.eos_token_id == end_token(tokenizer, turn)
 
 
+def test_a_reused_mask_token_is_text() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.mask_token = "e"
+    turn = last_turn(tokenizer, talk("Who?", "me"))
+    assert turn_ids(tokenizer, turn)[1][:-1] == encode(tokenizer, "me")
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
@@ -75,6 +82,7 @@ def test_a_template_without_an_end_gets_end_of_text() -> None:
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", talk("a", "b"), "refuses the conversation"),
         (CHATML, talk("a<|im_end|>", "b"), "spells out the special token '<|im_end|>'"),
         (CHATML, talk("a", "b</s>"), "spells out the special token '</s>'"),
+        (CHATML, talk("a", "b <|mask|>"), "spells out the special token '<|mask|>'"),
     ],
 )
 def test_templates_and_texts_that_cannot_be(template: str, messages: Any, message: str) -> None:

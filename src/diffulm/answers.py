@@ -18,9 +18,9 @@ from .hub import Model
 from .layout import Denoiser, Layout
 from .process import MaskedDiffusion
 from .runtime import write_atomic
-from .sampling import Canvas, Draw, EndOfText
+from .sampling import Draw, EndOfText
 from .sampling.chat import Chat
-from .sampling.text import caching_from_name, run
+from .sampling.text import caching_from_name, completions, run
 from .tokenizer import SpecialTokens, decode, special_tokens
 
 #: Bins of the histogram of where answers end.
@@ -76,6 +76,9 @@ def response_bound(
 ) -> dict[str, Any]:
     """The bound of -log p(answer and its end | context): nats per token and bits per byte, errors by conversation.
 
+    The canvas ends with the answer, which tells a model that sees all of it how long the answer is: compare such
+    figures with each other, and not with a parent's likelihood.
+
     `skip`: a reused mask token, whose natural occurrences are not scored.
     """
     scorer = Scorer(denoiser, layout, process, special, length, draws=draws, seed=seed, skip=skip, device=device)
@@ -108,11 +111,12 @@ def answer_heldout(
     for question in questions:
         context, truth = list(question.request.context[1:]), list(question.request.continuation)
         room = min(max_tokens, length - 1 - len(context))
-        canvas = Canvas.from_prompt([context], room, special).to(model.device)
+        canvas = completions([context], room, special, model.layout, length).to(model.device)
         ends = (truth[-1], special.eos, special.bos)
         cache = caching_from_name("none", model.denoiser, model.layout)
-        ids = run(model, canvas, steps, "confidence", Draw(0.0), 0, None, EndOfText(ends), cache=cache)
-        new = ids[0, 1 + len(context) :].tolist()
+        end_of_text = EndOfText(ends)
+        ids = run(model, canvas, steps, "confidence", Draw(0.0), 0, None, end_of_text, cache=cache, tokens=room)
+        new = ids[0, 1 + len(context) :][:room].tolist()
         end = next((i for i, token in enumerate(new) if token in ends), len(new))
         texts = decode(model.tokenizer, new[:end]), decode(model.tokenizer, truth[:-1])
         out.append(
@@ -158,7 +162,8 @@ def write_sft_report(report: dict[str, Any], out: Path) -> None:
     recipe = report["recipe"]
     parts = [
         f"# Fine-tuning: {recipe['name']}", f"`{report['command']}`" if report["command"] else "",
-        "The bound is of -log p(answer and its end | what stands before it), by complementary masks.",
+        "The bound is of -log p(answer and its end | what stands before it) on a canvas that ends with the answer (its "
+        "length is given), by complementary masks.",
         "| | nats per token | bits per byte |\n|---|---|---|\n" + "\n".join(
             f"| {what} | {report[what]['nats_per_token']:.3f} +- {report[what]['stderr_nats_per_token']:.3f} | "
             f"{report[what]['bits_per_byte']:.3f} |" for what in ("before", "after")

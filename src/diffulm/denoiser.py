@@ -253,6 +253,7 @@ class ChunkedNLL(torch.autograd.Function):
             inside_N = (target_N - part.start).clamp(0, logits.shape[1] - 1)
             here = logits.gather(1, inside_N[:, None])[:, 0]
             hit_N = torch.where(chunk_of_target_N == part.start // CHUNK, here, hit_N)
+            del logits  # or they would stay while the next chunk's are made
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, target_N, suppress_N, lse_N)
         ctx.column, ctx.config = column, config
         return lse_N - hit_N
@@ -284,7 +285,7 @@ class ChunkedNLL(torch.autograd.Function):
                 grad_weight[part] = small.T @ hidden_ND
             if grad_bias is not None:
                 grad_bias[part] = grad.sum(0)
-            del logits, slope, grad, small  # or they would stay while the next chunk's are made
+            del logits, slope, grad, small
         return grad_hidden.to(hidden_ND.dtype), grad_weight, grad_bias, None, None, None, None
 
 

@@ -157,10 +157,10 @@ def end_token(tokenizer: PreTrainedTokenizerBase, turn: Turn) -> int:
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Special tokens as strings; the mask token is none: where it is reused it is text too."""
-    names = {str(token) for token in tokenizer.all_special_tokens}
+    """Special tokens as strings. A reused mask token that is text too (`keep_as_text`) is none; one of its own is."""
+    names = {str(token) for token in tokenizer.all_special_tokens} - {tokenizer.mask_token}
     names |= {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
-    return sorted(names - {tokenizer.mask_token})
+    return sorted(names)
 
 
 def _special_in(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:

@@ -310,6 +310,10 @@ def test_estimates_with_fewer_draws_come_from_the_masks_that_were_scored() -> No
         assert found is not None and len(set(found)) == 2 * pairs // (draws - 1)
         assert np.mean(found) == pytest.approx(sampled.nats)
     assert sampled.fewer(2 * pairs + 3) is None
+    # Pairs lie in order of their strata: the mean over the starts leans to neither end.
+    steep = Tally(40, rounds=[np.arange(63.0) ** 2])
+    for draws in (4, 8, 16):
+        assert np.mean(steep.fewer(draws) or [0.0]) == pytest.approx(steep.nats, rel=0.05)
     all_masks, _ = every_mask(n)
     exact.add(all_masks, nats(all_masks), first=True)
     assert exact.fewer(2**n) == [exact.known] * FEWER

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import diffulm
+from diffulm.convert import convert
 from diffulm.denoiser import HFDenoiser
 from diffulm.eval.autoregress import continue_ids
 from diffulm.eval.generate import Ask, How, Writer
@@ -16,6 +17,7 @@ from diffulm.eval.rate import Rater, diffusion_scorer, parent_rater
 from diffulm.eval.store import Store
 from diffulm.hub import Model
 from diffulm.sampling import Draw
+from diffulm.tokenizer import encode
 
 from ..conftest import build_parent
 
@@ -31,6 +33,10 @@ def model(checkpoint: Path) -> Model:
 
 def writer(model: Model, how: How | None = None, **changes: Any) -> Writer:
     return Writer(Rater(diffusion_scorer(model), model.tokenizer, "model", **changes), how or How(), model)
+
+
+def seeded(model: Model, seed: int) -> Writer:
+    return Writer(Rater(diffusion_scorer(model, seed=seed), model.tokenizer, "model"), How(), model)
 
 
 def above(parent: Path, child: Writer) -> Writer:
@@ -122,10 +128,42 @@ def test_what_a_text_depends_on_is_in_its_key(model: Model, parent: Path) -> Non
         one._key(Ask("The", 8, (".",), 1)), one._key(Ask("The", 8, (".",), 0, " fox", 3)),
         writer(model, How(steps=2))._key(ask), writer(model, How(policy="entropy"))._key(ask),
         writer(model, How(temperature=0.5))._key(ask), above(parent, one)._key(ask),
+        seeded(model, 1)._key(ask),
     ]  # fmt: skip
-    assert len({one._key(ask), *others}) == 10
+    assert len({one._key(ask), *others}) == 11
+    assert above(parent, seeded(model, 1))._key(ask) == above(parent, one)._key(ask), "greedy from left to right"
     drawn = Writer(Rater(diffusion_scorer(model, draws=3), model.tokenizer, ""), How(), model)
     assert drawn._key(ask) == one._key(ask), "masks have nothing to do with it"
+
+
+def test_a_random_order_goes_by_the_seed_at_temperature_0_too(model: Model, tmp_path: Path) -> None:
+    """A run with another seed finds none of the texts of the first."""
+    store, how = Store(tmp_path / "s.jsonl"), How(policy="ancestral", steps=3)
+    raters = [Rater(diffusion_scorer(model, seed=seed), model.tokenizer, "", store) for seed in (0, 1)]
+    first, second = (Writer(rater, how, model).write([Ask(prompt, 12) for prompt in PROMPTS]) for rater in raters)
+    assert [t.text for t in first] != [t.text for t in second]
+
+
+def test_what_is_counted_of_a_text_ends_with_its_stop_string(model: Model) -> None:
+    """Beside texts that go on, tokens and forwards are those of the text by itself."""
+    one = writer(model, How(policy="confidence"))
+    whole = one.write([Ask(prompt, 12) for prompt in PROMPTS])
+    asks = [Ask(prompt, 12, (text.text[:2],)) for prompt, text in zip(PROMPTS[:2], whole)]
+    asks += [Ask(prompt, 12) for prompt in PROMPTS[2:]]
+    together = writer(model).write(asks)
+    assert together == [t for ask in asks for t in writer(model).write([ask])]
+    for ask, found in zip(asks[:2], together):
+        ids = encode(model.tokenizer, ask.until[0])
+        assert found.text == "" and found.tokens <= max(2, len(ids)), "the first token, or the second, completes it"
+
+
+def test_the_rest_of_a_last_block_is_not_counted(parent: Path, tmp_path: Path) -> None:
+    convert(str(parent), tmp_path / "blocks", trained_length=64, layout="block", block_size=8, source="own")
+    one = writer(diffulm.load(tmp_path / "blocks", dtype="float64"), How(policy="random"))
+    # Eight places are given, a block is filled, and of another one only the first place is wanted.
+    asks = [Ask("", 9, ids=(one.rater.scorer.special.bos, *range(40 + i, 47 + i))) for i in range(6)]
+    forwards = [one.write([ask])[0].forwards for ask in asks]
+    assert min(forwards) < 16 and all(9 <= n <= 16 for n in forwards)
 
 
 def test_long_prompts_lose_their_front(model: Model, parent: Path) -> None:

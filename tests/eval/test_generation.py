@@ -62,6 +62,11 @@ def test_a_parent_with_infilling_tokens_is_asked_with_them(parent: Path, writer:
     p, s, m = (tokenizer.convert_tokens_to_ids(name) for name in infilling.FIM_TOKENS[0])
     assert ask.ids is not None and tokenizer.decode(ask.ids[1 : ask.ids.index(s)]) == STORY_PREFIX
     assert ask.ids[0] == p and ask.ids[-1] == m and ask.cap == task.cap
+    # Where the text fills the window, the far end of the prefix makes room for the three, and none of them is cut.
+    (full,) = infilling.asks(task, replace(item, text=STORY_PREFIX * 9), above, "fim")
+    context, cut = above._context(full)
+    assert full.ids is not None and context[1:] == list(full.ids) and context[1] == p and cut == 0
+    assert len(context) + full.cap == above.rater.scorer.length
     (oracle,) = infilling.asks(task, item, above, "oracle")
     assert oracle.cap == len(tokenizer(" Ann flew kite 3.")["input_ids"]) and oracle.length is None
     (mine,) = infilling.asks(task, item, writer, "oracle")

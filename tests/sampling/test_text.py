@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import diffulm.hub
+from diffulm.convert import convert
 from diffulm.hub import Model
 from diffulm.process import MaskedDiffusion
 from diffulm.render import DenoisingView
@@ -545,6 +546,20 @@ def test_generate_ids_fills_up_behind_the_end(
     first = free.index(end)
     ended = generate_ids(plain, prompt, max_tokens=6, policy="random", seed=3)[0, -6:].tolist()
     assert ended == [*free[:first], *[end] * (6 - first)]
+
+
+def test_generate_ids_ends_with_a_whole_block(parent: Path, tmp_path: Path) -> None:
+    """As `generate` does: how many tokens are asked for changes none of those before them."""
+    convert(str(parent), tmp_path / "blocks", trained_length=64, layout="block", block_size=8, source="own")
+    model: Any = diffulm.hub.load(tmp_path / "blocks", device="cpu", dtype="float64").denoiser
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim >= 2 else 1)
+    few, many = (
+        generate_ids(model.model, torch.tensor([[0, 40, 41], [0, 50, 51]]), max_tokens=n, policy="entropy")
+        for n in (2, 13)
+    )
+    assert few.shape == (2, 5) and torch.equal(few, many[:, :5])
 
 
 def test_generate_ids_refuses_masks_and_parents(plain: Any, prompt: torch.Tensor, parent: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,12 @@ from diffulm.train import budget as budget_module
 from diffulm.train import loop, step
 from diffulm.train.budget import TIMED_MICRO, WARM_UP_MICRO, Budget, find_budget, plan_budget
 from diffulm.train.config import TrainConfig
+from diffulm.train.flops import Shape, Work, flops_per_token
 from diffulm.train.loop import Progress
-from diffulm.train.metrics import Metrics, read_metrics
+from diffulm.train.metrics import Metrics, _peak_by_name, read_metrics, throughput
 from diffulm.train.optim import WSD_DECAY, build_optimizers, learning_rate
-from diffulm.train.step import train_step
+from diffulm.train.plan import GPUS
+from diffulm.train.step import prefetched, train_step
 
 from .tiny import CONFIG, LENGTH, SPECIAL, make_denoiser, make_loader, numbers, run, same_weights, weights
 
@@ -202,6 +205,59 @@ def test_learning_rate_schedules() -> None:
     assert learning_rate(replace(base, final_rate=0.0), 1.0) == pytest.approx(0.0)
 
 
+# ------------------------------------------------------------------------------------------------- prefetching
+
+
+def batch_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_the_next_batch_is_made_by_a_thread_while_a_step_runs() -> None:
+    made: list[tuple[int, str]] = []
+    ready = [threading.Event() for _ in range(4)]
+
+    def make(n: int) -> Any:
+        made.append((n, threading.current_thread().name))
+        ready[n].set()
+        return n
+
+    with prefetched(make, 4) as rows:
+        for n in (1, 2, 3):  # a resume begins anywhere
+            assert rows(n) == n
+            if n < 3:
+                assert ready[n + 1].wait(10), "made before it is asked for"
+                assert len(made) == n + 1, "one step ahead and no more"
+    assert [n for n, _ in made] == [1, 2, 3], "none twice, none beyond the last"
+    assert threading.current_thread().name not in {name for _, name in made} and not batch_threads()
+
+
+def test_an_error_in_a_batch_is_raised_where_the_batch_is_asked_for(tmp_path: Path) -> None:
+    class Ends:
+        def rows(self, n: int, rank: int = 0, world: int = 1) -> list[Rows]:
+            if n == 3:
+                raise ValueError("the text is exhausted")
+            return make_loader().rows(n, rank, world)
+
+    with pytest.raises(ValueError, match="the text is exhausted"):
+        run(tmp_path, batches=Ends())
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3], "the steps before it were done"
+    assert not batch_threads()
+    assert run(tmp_path / "less", replace(CONFIG, steps=3), batches=Ends()), "a batch that no step needs is not made"
+
+
+@pytest.mark.parametrize("numbers_sent", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_no_thread_outlives_an_interruption(tmp_path: Path, numbers_sent: list[int]) -> None:
+    def interrupt(p: Progress) -> None:
+        if p.step == 3:
+            assert batch_threads()
+            for number in numbers_sent:
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, report=interrupt)
+    assert not batch_threads()
+
+
 # --------------------------------------------------------------------------------------------------- budget
 
 
@@ -290,6 +346,36 @@ def test_metrics_say_what_happened(tmp_path: Path) -> None:
         assert sum(count for _, count in row["by_level"]) == noised and row["by_level"][0] == [0.0, 0]
     assert rows[-1]["loss"] < rows[0]["loss"] and all(r["grad_norm"] > 0 for r in rows)
     assert seen[-1].left == 0 and seen[0].left > 0 and seen[-1].loss == rows[-1]["loss"]
+
+
+def test_throughput_is_operations_over_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TFLOP/s on any device, MFU where the device's peak is known; both of one process."""
+    shape = Shape.of(make_denoiser().model)
+    cost = flops_per_token(shape, Work(LENGTH, LENGTH, LENGTH**2, LENGTH / 2))
+    assert cost > 6 * shape.matrix
+    run(tmp_path / "cpu", flops_per_token=cost)
+    for row in read_metrics(tmp_path / "cpu"):
+        assert row["tflops"] == pytest.approx(cost * row["tokens_per_second"] / 1e12, rel=1e-3) and "mfu" not in row
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    run(tmp_path / "known", flops_per_token=cost)
+    assert all(row["mfu"] == pytest.approx(row["tflops"], rel=1e-3) for row in read_metrics(tmp_path / "known"))
+    assert throughput(300.0, 1e9, world=2, peak=1e12) == {"tflops": 0.15, "mfu": 0.15}
+    run(tmp_path / "unknown")
+    assert not {"tflops", "mfu"} & read_metrics(tmp_path / "unknown")[0].keys(), "no cost was given"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA L40S", "l40s"),
+        ("AMD Instinct MI300X", "mi300x"), ("NVIDIA H100 PCIe", None), ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("Tesla T4", None),
+    ],
+)  # fmt: skip
+def test_a_peak_is_given_to_the_devices_of_the_table_alone(name: str, gpu: str | None) -> None:
+    assert _peak_by_name(name) == (GPUS[gpu].flops if gpu else None)
 
 
 def test_a_finished_run_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,13 @@ the settings and the seed, not on the texts beside it: a killed run goes on wher
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ..denoiser import HFDenoiser
 from ..sampling import Draw, EndOfText, denoise, policy_from_name
@@ -73,8 +72,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Written:
-    """A text, its tokens (up to its end; the whole hole), the forwards that it took part in, and the tokens of its
-    prompt that were cut at the front to fit the model."""
+    """A text, its tokens (up to its end, with those of its stop string; the whole hole), the forwards until then, and
+    the tokens of its prompt that were cut at the front to fit the model."""
 
     text: str
     tokens: int
@@ -127,9 +126,11 @@ class Writer:
         return [unpack(Written, rater.store.get(key)) for key in keys]
 
     def _key(self, ask: Ask) -> str:
-        how = [self.how.steps, self.how.policy] if self.model is not None else []
-        hole = [ask.suffix, ask.length, ask.ids]
-        settings = [*how, self.how.temperature, self.rater.scorer.seed if self.how.temperature else 0]
+        scorer, hole = self.rater.scorer, [ask.suffix, ask.length, ask.ids]
+        # A policy may be random where the tokens are not, and go by the schedule.
+        how = [] if self.model is None else [self.how.steps, self.how.policy, repr(scorer.process)]
+        seed = scorer.seed if how or self.how.temperature else 0
+        settings = [*how, self.how.temperature, seed, self.ends]
         return content_key(self.rater.text_key, "text", settings, ask.prompt, ask.cap, ask.until, ask.sample, hole)
 
     def _seed(self, ask: Ask) -> int:
@@ -169,10 +170,19 @@ class Writer:
         over, kept = first < len(kept), kept[:first]
         # Decoded behind a little context: a first piece by itself may lose its space.
         behind = list(context[-8:])
-        before, whole = decode(tokenizer, behind), decode(tokenizer, behind + kept)
-        text = whole[len(before) :] if whole.startswith(before) else decode(tokenizer, kept)
-        at = min((text.index(word) for word in ask.until if word in text), default=None)
-        return (text, first, over) if at is None else (text[:at], first, True)
+        before = decode(tokenizer, behind)
+
+        def text(n: int) -> str:
+            whole = decode(tokenizer, behind + kept[:n])
+            return whole[len(before) :] if whole.startswith(before) else decode(tokenizer, kept[:n])
+
+        def stops(n: int) -> list[int]:
+            return [found.index(word) for found in [text(n)] for word in ask.until if word in found]
+
+        if not (cuts := stops(first)):
+            return text(first), first, over
+        # The stop string's last token, wherever the model has gone on to.
+        return text(first)[: min(cuts)], bisect.bisect_left(range(first), True, key=lambda n: bool(stops(n))), True
 
     def _from_left(self, asks: Sequence[Ask], contexts: Sequence[Sequence[int]]) -> list[tuple[str, int, int]]:
         scorer = self.rater.scorer
@@ -193,7 +203,7 @@ class Writer:
         prompts = [list(context[1:]) for context in contexts]
         canvas = completions(prompts, cap, scorer.special, scorer.layout, scorer.length).to(scorer.device)
         ids, starts = canvas.ids, [len(context) for context in contexts]
-        policy, forwards = policy_from_name(self.how.policy), torch.zeros(len(asks), dtype=torch.long)
+        policy, forwards, over = policy_from_name(self.how.policy), [0] * len(asks), [False] * len(asks)
 
         def new(b: int, upto: int) -> list[int]:
             found: list[int] = ids[b, starts[b] : min(upto, starts[b] + cap)].tolist()
@@ -206,18 +216,22 @@ class Writer:
             end=EndOfText(self.ends),
         ):  # fmt: skip
             ids = step.ids
-            forwards += (step.predicted.any(1) if len(step.log_probs) else torch.zeros(len(asks))).cpu().long()
-            # What stands without a mask before it stays: a stop string in it ends the text.
-            if getattr(policy, "remasks", None) is False and all(
-                self.ended(ask, contexts[b], new(b, int(step.committed_upto[b])))[2] for b, ask in enumerate(asks)
-            ):
+            took_part, upto = step.predicted.any(1).tolist(), step.committed_upto.tolist()
+            for b in (b for b, done in enumerate(over) if not done):
+                forwards[b] += bool(len(step.log_probs)) and took_part[b]
+                # What stands without a mask before it stays: a stop string in it ends the text, and so does the cap,
+                # behind which a last block may go on.
+                over[b] = getattr(policy, "remasks", None) is False and (
+                    upto[b] >= starts[b] + cap or self.ended(asks[b], contexts[b], new(b, upto[b]))[2]
+                )
+            if all(over):
                 break
         mask = scorer.process.mask_token_id
         found = []
         for b, ask in enumerate(asks):
             tokens = new(b, ids.shape[1])
             tokens = tokens[: tokens.index(mask)] if mask in tokens else tokens
-            found.append((*self.ended(ask, contexts[b], tokens)[:2], int(forwards[b])))
+            found.append((*self.ended(ask, contexts[b], tokens)[:2], forwards[b]))
         return found
 
     def _fill(self, ask: Ask) -> tuple[str, int, int]:

@@ -102,5 +102,8 @@ def asks(task: Generation, item: Prompt, writer: Writer, way: str) -> list[Ask]:
         marks = fim_tokens(tokenizer)
         assert marks is not None
         before, behind = writer.rater.encode(prefix), writer.rater.encode(suffix)
+        # The room that `fitted` filled was that of a model without such tokens, and they must not be what is cut.
+        over = 1 + len(before) + len(behind) + len(marks) + size - writer.rater.scorer.length
+        before = before[max(0, over) :]
         ids = (marks[0], *before, marks[1], *behind, marks[2])
     return [Ask(prefix, size, (), k, suffix if ids else None, None, ids) for k in range(samples)]

@@ -82,8 +82,9 @@ class Tally:
     def fewer(self, draws: int) -> list[float] | None:
         """What up to FEWER estimates with `draws` masks would have said, from masks that were scored; None: unknown.
 
-        Of the first round's P pairs, every P/m-th are an estimate with m pairs. A segment whose masks were all scored
-        looks the masks of fresh plans up.
+        Of the first round's P pairs, every P/m-th are an estimate with m pairs, from starts spread evenly about the
+        middle: pairs lie in order of their strata, and starts near the first would bias the mean. A segment whose
+        masks were all scored looks the masks of fresh plans up.
         """
         if enumerable(self.n, draws):
             return [self.known] * FEWER if self.every is not None else None
@@ -95,8 +96,8 @@ class Tally:
         if not self.rounds or len(self.rounds[0]) < pairs:
             return None
         stride = len(self.rounds[0]) // pairs
-        starts = range(0, stride, max(1, stride // FEWER))
-        return [self.known + float(self.rounds[0][r::stride].mean()) for r in starts][:FEWER]
+        starts = [(2 * k + 1) * stride // (2 * FEWER) for k in range(FEWER)]
+        return [self.known + float(self.rounds[0][r::stride].mean()) for r in starts]
 
     def add(self, masks: np.ndarray, nats: np.ndarray, *, first: bool) -> None:
         """Take in the summed cross-entropy of each mask, (M,) nats, of one round's masks (M, n)."""

@@ -21,7 +21,7 @@ from rich.table import Table as Terminal
 
 from ..hub import Model
 from ..sampling import Canvas, Draw, EndOfText, denoise, policy_from_name
-from ..sampling.text import caching_from_name, checked, steps_of_a_block
+from ..sampling.text import caching_from_name, checked, completions, steps_of_a_block
 from ..tokenizer import decode, encode, special_tokens
 from .estimate import Request
 from .likelihood import ratio_stderr
@@ -152,11 +152,14 @@ def write(model: Model, prompts: Sequence[Sequence[int]], steps: int, how: Sampl
     forwards = 0
     for at in range(0, len(prompts), how.batch):
         part = prompts[at : at + how.batch]
-        canvas = checked(Canvas.from_prompt(part, how.max_tokens, special), model.config).to(model.device)
+        checked(Canvas.from_prompt(part, how.max_tokens, special), model.config)
+        canvas = completions(part, how.max_tokens, special, model.layout, int(model.config["trained_length"]))
+        canvas = canvas.to(model.device)
         ids = canvas.ids
         first = how.seed * 1_000_003 + at
         for step in denoise(
-            model.denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, None, steps),
+            model.denoiser, model.process, canvas,
+            steps=steps_of_a_block(canvas, model.layout, None, steps, how.max_tokens),
             policy=policy_from_name(how.policy), draw=Draw(how.temperature, None, how.top_p), layout=model.layout,
             cache=caching_from_name("none", model.denoiser, model.layout), seeds=range(first, first + len(part)),
             end=ends,

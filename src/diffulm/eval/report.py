@@ -219,6 +219,9 @@ def _training(report: Mapping[str, Any]) -> Iterator[Block]:
             tenth = max(1, len(losses) // 10)
             first, last = (_number(sum(part) / tenth) for part in (losses[:tenth], losses[-tenth:]))
             speed = f"{sorted(speeds)[len(speeds) // 2]:,.0f}" if speeds else "-"
+            for key, form in (("tflops", "{:.3g} TFLOP/s"), ("mfu", "MFU {:.0%}")):
+                if values := sorted(y for _, y in _points(steps, None, key)):
+                    speed += f", {form.format(values[len(values) // 2])}"
             rows.append((name, count, tokens, first, last, speed))
     if rows:
         yield Table(("Arm", "Steps", "Tokens", "Loss, first tenth", "Loss, last tenth", "Tokens/s, median"), rows)

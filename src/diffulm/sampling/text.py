@@ -134,23 +134,24 @@ def generate_ids(
     prompts = [row[1:] if row[:1] == [special.bos] else row for row in rows]
     asked = (max_tokens, max_new_tokens, getattr(generation_config, "max_new_tokens", None), 32)
     count = next(n for n in asked if n is not None)
-    canvas = checked(Canvas.from_prompt(prompts, count, special), diffusion).to(input_ids.device)
+    layout, limit = layout_from_config(diffusion), int(diffusion["trained_length"])
+    canvas = checked(completions(prompts, count, special, layout, limit), diffusion).to(input_ids.device)
     denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
-    ids = canvas.ids
-    layout = layout_from_config(diffusion)
+    ids, steps = canvas.ids, count if steps is None else steps
     for step in denoise(
-        denoiser, process, canvas, steps=steps_of_a_block(canvas, layout, None, count if steps is None else steps),
+        denoiser, process, canvas, steps=steps_of_a_block(canvas, layout, None, steps, count),
         policy=_policy(policy), draw=Draw(temperature, top_k, top_p), layout=layout,
         cache=caching_from_name("none", denoiser, layout), seeds=range(seed, seed + len(rows)),
         end=EndOfText(ends),
     ):  # fmt: skip
         ids = step.ids
-    return torch.cat([input_ids, ids[canvas.editable].view(len(rows), count)], 1)
+    new = [row[1 + len(prompt) : 1 + len(prompt) + count] for row, prompt in zip(ids, prompts, strict=True)]
+    return torch.cat([input_ids, torch.stack(new)], 1)
 
 
 def completions(
-    prompts: Sequence[list[int]], max_tokens: int, special: SpecialTokens, layout: Layout, limit: int
+    prompts: Sequence[Sequence[int]], max_tokens: int, special: SpecialTokens, layout: Layout, limit: int
 ) -> Canvas:
     """The canvas of completions; in a block layout each sample ends with a whole block, where `limit` allows.
 

@@ -91,8 +91,8 @@ def train(
     denoiser.train()
     with (
         _writer(config) as background,
-        prefetched(lambda n: batches.rows(n, rank, world), budget.steps) as rows_of,
         _interruptions() as interrupted,
+        prefetched(lambda n: batches.rows(n, rank, world), budget.steps) as rows_of,
     ):
         while step < budget.steps:
             late = rank == 0 and time.monotonic() - saved_at > config.checkpoint_minutes * 60
