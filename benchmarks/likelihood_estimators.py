@@ -66,7 +66,7 @@ def documents(model: Any, names: list[str], folder: Path, limit: int) -> Questio
     for name in names:
         for one in harness.build(TASKS[name], folder, 0):
             one.set_config("num_fewshot", 0)
-            with harness._quiet():
+            with harness.quiet():
                 one.build_all_requests(limit=limit)
             groups = defaultdict(list)
             for instance in one.instances:

@@ -61,7 +61,7 @@ def compare(name: str, folder: Path, limit: int, ours: Any, theirs: list[Any]) -
     row: dict[str, Any] = {"task": name, "documents": 0, "options": 0, "largest": 0.0, "differ": 0, "without_start": 0}
     for one in harness.build(TASKS[name], folder, 0):
         one.set_config("num_fewshot", 0)
-        with harness._quiet():
+        with harness.quiet():
             one.build_all_requests(limit=limit)
             found = [lm.loglikelihood(one.instances, disable_tqdm=True) for lm in (ours, *theirs)]
         members: dict[int, list[int]] = defaultdict(list)
