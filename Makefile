@@ -1,10 +1,10 @@
 # make demo: the main job on the embedded default.  make test: the fast tests.  make slow: the long ones.
 # TORCH_INDEX: where PyPI's torch would bring CUDA (Linux, several GB), take the CPU build from an index of yours:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   make demo RECIPE=smollm2-block                  another shipped recipe (recipes/)
+#   make demo RECIPE=smollm2-cpu OUT=runs/full      another shipped recipe (recipes/): this one infills
 PYTHON ?= python3
 MINUTES ?= 5
-RECIPE ?= smollm2-cpu
+RECIPE ?= smollm2-block
 OUT ?= runs/demo
 TORCH_INDEX ?=
 VENV := .venv

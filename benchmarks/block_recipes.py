@@ -27,10 +27,11 @@ import torch
 
 from claims import as_json, run_arm
 from diffulm import hub, runtime
-from diffulm.adapt import greedy, heldout_windows
+from diffulm.adapt import heldout_windows
 from diffulm.bench.quality import nats_under_parent
 from diffulm.data.tokens import TokenStore
 from diffulm.denoiser import HFDenoiser
+from diffulm.eval.autoregress import greedy
 from diffulm.eval.likelihood import Window, score_windows
 from diffulm.eval.quality import distinct_n, unigram_entropy
 from diffulm.layout import Causal

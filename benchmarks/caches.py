@@ -28,7 +28,7 @@ from diffulm.layout import Full, Rows
 from diffulm.process import MaskedDiffusion
 from diffulm.runtime import parse_precision
 from diffulm.sampling import Canvas, Draw, DualCache, PrefixCache, agreement, denoise, policy_from_name
-from diffulm.sampling.text import steps_of_a_block
+from diffulm.sampling.fill import steps_of_a_block
 from diffulm.tokenizer import SpecialTokens, encode, special_tokens
 from machine import describe
 

@@ -20,7 +20,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -29,25 +29,18 @@ import claims_report
 import countdown
 import machine
 from diffulm import runtime
-from diffulm.adapt import (
-    Run,
-    as_source,
-    claim,
-    convert_stage,
-    data_stage,
-    heldout_windows,
-    read_state,
-    score,
-    train_arm,
-)
+from diffulm.adapt import data_stage, heldout_windows, score, train_arm
 from diffulm.convert import convert
 from diffulm.data.sources import open_source
 from diffulm.denoiser import HFDenoiser
 from diffulm.eval.likelihood import Estimate
+from diffulm.job.arm import as_source, convert_stage
+from diffulm.job.folder import Run, claim, compiles, read_state
 from diffulm.layout import Annealing, Causal, Full
 from diffulm.process import MaskedDiffusion
 from diffulm.tokenizer import load_tokenizer, special_tokens
 from diffulm.train.config import Recipe, SourceConfig, TrainConfig, load_recipe, to_dict
+from diffulm.train.flops import Shape, Work, flops_per_token
 from diffulm.train.loop import Budget, Progress, train
 from diffulm.train.metrics import read_metrics
 
@@ -93,8 +86,6 @@ def run_arm(recipe: Recipe, arm: str, out: Path, data: Path, *, keep: bool = Fal
     arms are compared on the same masks.
     """
     device = runtime.pick_device(None)
-    wants = recipe.train.compile
-    pays = wants == "on" or (wants == "auto" and (device.type == "cuda" or runtime.can_compile()))
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -107,7 +98,7 @@ def run_arm(recipe: Recipe, arm: str, out: Path, data: Path, *, keep: bool = Fal
             say(f"{line}  {p.left:.0f} s left{held}")
 
     claim(out, recipe, False)
-    run = Run(recipe, out, False, say, on_step, device, pays)
+    run = Run(recipe, out, False, say, on_step, device, compiles(recipe.train, device))
     convert_stage(run)
     data.mkdir(parents=True, exist_ok=True)
     if not (out / "data").exists():
@@ -237,7 +228,7 @@ def write_blank(base: Recipe, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ countdown
 
 #: (starting weights, causal, source, annealing): AR and diffusion fine-tuning, as in the paper's tables 3 and 7.
-COUNTDOWN: dict[str, tuple[str, bool, str, float]] = {
+COUNTDOWN: dict[str, tuple[str, bool, Literal["previous", "own"], float]] = {
     "ar-scratch": ("random", True, "previous", 0.0),
     "ar-parent": ("parent", True, "previous", 0.0),
     "diffusion-scratch": ("random", False, "previous", 0.0),
@@ -277,9 +268,11 @@ def countdown_arm(
             print(f"  {arm} {p.step}/{p.steps}  loss {p.loss:.4f}  {p.left:.0f} s left", flush=True)
 
     settings = {"arm": arm, "seed": seed, "numbers": numbers, "largest": largest}
+    length = batches.length
+    work = Work(length, length, length**2, batches.answer_length / (1 if causal else 2))
     train(
         denoiser, batches, config, out / "train", budget=budget, settings=settings, anneal_ratio=anneal.ratio,
-        report=report,
+        flops_per_token=flops_per_token(Shape.of(model), work), report=report,
     )  # fmt: skip
     denoiser.eval()
     said = countdown.answers(denoiser, batches, tests)

@@ -1,11 +1,14 @@
 """What a training step costs against sequence length and model size, and the exponents fitted to it.
 
-    python benchmarks/length_cost.py [--max-length 8192] [--seconds 6] [--sizes 64x2 128x4 256x6] [--device cpu]
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/length_cost.py        # 3 to 6 minutes on one core
 
 A step is forward, backward, clipping and one AdamW update of a random Llama on one sequence, in three ways: the full
 layout on one document (no mask: the fast kernels), the full layout on packed documents, and the block layout (twice the
-rows). The last two need a mask: a dense one on the CPU, FlexAttention on CUDA. A length is left out when the one before
-it, taken four times, would not leave time for a warm-up and one timed step within --seconds.
+rows). The last two need a mask: a dense one on the CPU, FlexAttention on CUDA.
+
+The first of --sizes (64x1: width 64, one layer) is measured at every length up to --max-length, however long a step
+takes: it is small so that 8192 tokens, 16384 rows in the block layout, are reached on a laptop. The other sizes end at
+the length that, at four times the one before, would leave no time for a warm-up and one timed step within --seconds.
 
 Peak memory is what a step takes beyond weights and moments: gradients, activations, mask and logits. Exponents are
 slopes of least squares in log-log, over all lengths and between the last two; `operations` has that of the counted
@@ -41,7 +44,7 @@ from machine import describe
 
 VOCAB, MASK, HEAD_WIDTH = 4097, 4096, 32
 SHORTEST, DOCUMENT = 256, 100  # tokens of the shortest sequence, and of a packed document
-WAYS = {"full": Full(), "full, packed": Full(), "block of 32": Block(32)}
+WAYS: dict[str, Full | Block] = {"full": Full(), "full, packed": Full(), "block of 32": Block(32)}
 
 
 def build_denoiser(width: int, layers: int, dtype: str, device: torch.device) -> HFDenoiser:
@@ -80,7 +83,8 @@ def measure(denoiser: HFDenoiser, optimizer: Any, rows: Rows, seconds: float) ->
     """(median seconds of a step, steps timed, bytes taken at the peak): one to warm up, then 1 to 5 within the time."""
     device = next(denoiser.parameters()).device
     rows = rows.to(device)
-    began, taken = time.perf_counter(), []
+    taken: list[float] = []
+    began = time.perf_counter()
     before = 0
     for n in range(6):
         if n > 1 and time.perf_counter() - began + taken[-1] > seconds:
@@ -122,7 +126,7 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def cells(sizes: list[str], longest: int, seconds: float, dtype: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Every size, way and length that the time allows."""
+    """The first size at every way and length, the others at those that the time allows."""
     for size in sizes:
         width, layers = map(int, size.split("x"))
         denoiser = build_denoiser(width, layers, dtype, device)
@@ -131,7 +135,7 @@ def cells(sizes: list[str], longest: int, seconds: float, dtype: str, device: to
         for way in WAYS:
             length, last = SHORTEST, 0.0
             while length <= longest:
-                if 4 * last * 2 > seconds:
+                if size != sizes[0] and 4 * last * 2 > seconds:
                     print(f"{size} {way}: {length} tokens and more left out (--seconds {seconds:g})", flush=True)
                     break
                 rows = rows_of(way, length)
@@ -179,7 +183,7 @@ def markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, threads: {machine['threads']}"
     said = [f"Cost of a training step on one sequence; {result['dtype']}, torch {machine['torch']}, {where}.", ""]
-    head = ("model", "parameters", "layout", "tokens", "ms a step", "tokens/s", "GFLOP/s", "peak MB")
+    head: tuple[str, ...] = ("model", "parameters", "layout", "tokens", "ms a step", "tokens/s", "GFLOP/s", "peak MB")
     said += table(head, [
         (r["model"], f"{r['parameters'] / 1e6:.1f}M", r["layout"], r["length"], f"{r['seconds'] * 1e3:,.0f}",
          f"{r['tokens_per_second']:,.0f}", f"{r['operations'] / r['seconds'] / 1e9:,.1f}",
@@ -211,8 +215,8 @@ def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-length", type=int, default=8192)
-    parser.add_argument("--seconds", type=float, default=6.0, help="for one model, layout and length")
-    parser.add_argument("--sizes", nargs="+", default=["64x2", "128x4", "256x6"], help="width x layers")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for one model (but the first), layout and length")
+    parser.add_argument("--sizes", nargs="+", default=["64x1", "64x2", "128x4", "256x6"], help="width x layers")
     parser.add_argument("--dtype", choices=("float32", "autocast", "bfloat16"), default="float32")
     parser.add_argument("--device")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "length-cost")

@@ -124,7 +124,7 @@ class Remembering(Scorer):
             one.nats[:, 0] = [self.known[tuple(one.option.ids), mask.tobytes()] for mask in one.masks[0]]
 
 
-def simple(kind: str, n: int, cost: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def simple(kind: str, n: int, cost: int, rng: np.random.Generator | Orders) -> tuple[np.ndarray, np.ndarray]:
     """Masks (M, n) and weights (M,) of the released estimator or of LLaDA's."""
     grid = rng.random()
     rank = rng.random((n, cost)).T.argsort(1).argsort(1)

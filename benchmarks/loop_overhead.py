@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +73,9 @@ class Stub:
     def __call__(self, rows: Rows, *, cache: Any = None) -> torch.Tensor:
         return self.logits[: len(rows.source)]
 
+    def nll(self, rows: Rows) -> torch.Tensor:
+        raise NotImplementedError("sampling asks for logits alone")
+
 
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
@@ -105,9 +109,9 @@ def measure(model: HFDenoiser, rows: int, rounds: int) -> dict[str, dict[str, An
 
     out: dict[str, dict[str, Any]] = {name: {"forward": [], "loop": []} for name, _, _ in CASES}
     for n in range(rounds + 1):
-        forwards = {blind: seconds(lambda b=blind: forward(b)) for blind in (False, True)}
+        forwards = {blind: seconds(partial(forward, blind)) for blind in (False, True)}
         for name, policy, draw in CASES:
-            loop = seconds(lambda p=policy, d=draw: step(p, d))
+            loop = seconds(partial(step, policy, draw))
             if n:  # the first round warms up
                 out[name]["forward"].append(forwards[bool(getattr(policy, "blind", False))])
                 out[name]["loop"].append(loop)

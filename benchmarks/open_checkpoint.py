@@ -21,7 +21,7 @@ import machine
 
 SHAPE = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
-    "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "num_key_value_heads": 32, "max_position_embeddings": 4096,
 }  # fmt: skip
 MASK = "ти"
 
@@ -65,15 +65,18 @@ def write(folder: Path, layers: int) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", mask_token=MASK
     ).save_pretrained(folder)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, **SHAPE}
-    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 1, "eos_token_id": 2}))
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, **SHAPE,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     shards: list[dict[str, torch.Size]] = [{}]
     for key, shape in weights(layers).items():
         if sum(s.numel() for s in shards[-1].values()) + shape.numel() > 500_000_000:
             shards.append({})
         shards[-1][key] = shape
-    index = {}
+    index: dict[str, str] = {}
     for n, shard in enumerate(shards):
         name = f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors"
         made = {k: block.repeat(-(-s.numel() // len(block)))[: s.numel()].view(s).clone() for k, s in shard.items()}

@@ -34,7 +34,7 @@ from diffulm.eval.tasks import TASKS
 from machine import describe
 
 
-class Started(HFLM):  # type: ignore[misc]
+class Started(HFLM):
     """lm-eval's HF model behind a start token."""
 
     start: int

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import diffulm
-from diffulm.adapt import MARKER, adapt
+from diffulm.adapt import adapt
+from diffulm.job import arm as arm_module
+from diffulm.job.folder import MARKER, claim
 from diffulm.train.config import DataConfig, EvalConfig, ModelConfig, Recipe, SourceConfig, TrainConfig
 from diffulm.train.metrics import CLOCK, read_metrics
 
@@ -144,7 +146,7 @@ def test_the_same_call_again_is_done_without_work(
         monkeypatch.setattr(job_module, name, lambda *a, **k: pytest.fail("work was done"))
     said: list[str] = []
     assert adapt(recipe, out, say=said.append) == report
-    assert len(said) == 1 and "is finished" in said[0] and "report.md" in said[0]
+    assert len(said) == 1 and "is finished" in said[0] and "report.html" in said[0]
 
 
 def test_it_says_what_it_does(finished: Finished) -> None:
@@ -216,7 +218,8 @@ def test_interrupted_anywhere_the_same_call_finishes_the_same(
     """Ctrl-C at either end of every stage, over and over until it is through: the numbers of an undisturbed run."""
     expected = finished[1]
     out = tmp_path / "run"
-    real: Callable[..., Any] = getattr(job_module, stage)
+    place = arm_module if stage == "convert" else job_module
+    real: Callable[..., Any] = getattr(place, stage)
     interruptions = 0
     for attempt in range(12):
         calls = 0
@@ -232,7 +235,7 @@ def test_interrupted_anywhere_the_same_call_finishes_the_same(
             return done
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job_module, stage, once)
+            patch.setattr(place, stage, once)
             try:
                 report = adapt(recipe, out, command="diffulm adapt tiny", say=lambda s: None)
                 break
@@ -258,9 +261,9 @@ def test_leftovers_of_a_kill_are_no_obstacle(recipe: Recipe, finished: Finished,
     out = tmp_path / "run"
     out.mkdir()
     (out / f".{MARKER}.123.tmp").write_text('{"rec')
-    job_module.claim(out, recipe, True)
+    claim(out, recipe, True)
     (out / ".init.123.tmp").mkdir()
-    job_module.claim(out, recipe, True)
+    claim(out, recipe, True)
     assert [p.name for p in out.iterdir()] == [MARKER]
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
 from diffulm import __version__, cli
+from diffulm.cli.flags import Opening, command_line, print_json
 
 from .test_adapt import write_text
 
@@ -63,14 +67,36 @@ def test_import_and_every_help_load_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def explained(described: Any) -> dict[str, str]:
+    """The text that has to explain each flag of a verb: its own, or that of the dataclass which the flag stands in."""
+    bases = [base for base in getattr(described, "__mro__", [described]) if "Args:" in (base.__doc__ or "")]
+    text = "".join((base.__doc__ or "").split("Args:")[1] for base in bases)
+    found = {}
+    for name, kind in get_type_hints(described).items():
+        if dataclasses.is_dataclass(kind):
+            found |= explained(kind)
+        elif name != "return":
+            found[name] = text
+    return found
+
+
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_of_every_verb_has_an_example_and_explains_every_flag(run: Run, verb: str) -> None:
     code, out, err = run(verb, "--help")
     assert code == 0 and not err and f"Example: diffulm {verb}" in out
-    # A flag without a word of its own would show its name and default only.
-    documented = (cli.VERBS[verb].__doc__ or "").split("Args:")[1]
-    for name in cli.VERBS[verb].__annotations__.keys() - {"return"}:
-        assert f"{name}: " in documented, name
+    # A flag without a word of its own would show its name and default only; one of a dataclass must have no prefix.
+    explanations = explained(cli.VERBS[verb])
+    assert all(f"{name}: " in text for name, text in explanations.items()), explanations.keys()
+    parameters = inspect.signature(cli.VERBS[verb]).parameters.values()
+    wanted = explanations.keys() - {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
+    assert {name.replace("_", "-") for name in wanted} <= set(re.findall(r"--([a-z-]+)[ ,]", out))
+
+
+def test_flags_of_a_dataclass_are_seen_by_the_test_above() -> None:
+    names = explained(cli.VERBS["generate"])
+    assert {"top_k", "adapter", "max_tokens"} <= names.keys() and "drawing" not in names
+    chat = explained(cli.VERBS["chat"])["steps"]
+    assert "Forward passes of an answer" in chat and "top_k: " in chat, "a text of its own, the others inherited"
 
 
 def test_usage_lists_the_verbs(run: Run) -> None:
@@ -330,3 +356,52 @@ def test_several_texts_train_in_proportion_to_their_size(monkeypatch: pytest.Mon
     assert cli.main(["adapt", "m", "--text", "big.txt", "small.jsonl", "--steps", "1", "--out", str(tmp_path)]) == 0
     (source,) = seen[0].data.sources
     assert (source.path, source.more, source.weight) == ("big.txt", ("small.jsonl",), None)
+
+
+# ------------------------------------------------------------------------------------------------ how verbs end
+
+
+def test_json_on_stdout_is_text_as_it_is_or_escaped_where_it_must_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for value, shown in (("\u00e9", '"\u00e9"'), ("\u00e9\ud800", '"\\u00e9\\ud800"')):
+        print_json(value)
+        out = capsys.readouterr().out
+        assert out == shown + "\n" and json.loads(out) == value
+
+
+def test_a_report_names_the_command_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/some/where/diffulm", "eval", "my model", "--tasks", "piqa"])
+    assert command_line() == "diffulm eval 'my model' --tasks piqa"
+
+
+def test_a_fine_tune_ends_with_its_figures_and_its_page(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = {"nats_per_token": 2.0, "stderr_nats_per_token": 0.1, "bits_per_byte": 0.5, "answers": 3}
+    report = {
+        "before": score, "after": score, "answers": {what: {"heldout": []} for what in ("before", "after")},
+        "model": "somewhere/adapter",
+    }  # fmt: skip
+    monkeypatch.setattr("diffulm.sft.sft", lambda recipe, out, **_: report)
+    path = recipe(tmp_path, "task = 'sft'\n[train]\nsteps = 2")
+    code, out, _ = run("train", path, "--out", tmp_path / "run")
+    last = out.splitlines()[-1]
+    assert code == 0 and last == f"report: {tmp_path / 'run' / 'report.html'}   result: somewhere/adapter"
+    assert "after  2.000 ± 0.100 nats/token" in out
+    assert json.loads(run("train", path, "--out", tmp_path / "run", "--json")[1]) == report
+
+
+def test_the_papers_protocol_runs_code_only_where_that_is_allowed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measured(*_: Any, **settings: Any) -> Any:
+        asked.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("diffulm.eval.paper.evaluate", measured)
+    monkeypatch.setattr(Opening, "open", lambda self, reference: None)
+    common = ("eval", "m", "--protocol", "paper", "--tasks", "humaneval_infilling", "--data-dir", tmp_path)
+    refused(run(*common, "--limit", "3"), "enough")
+    refused(run(*common, "--allow-code-execution"), "enough")
+    assert [settings["execute"] for settings in asked] == [False, True] and asked[0]["limit"] == 3

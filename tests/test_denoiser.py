@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import diffulm.denoiser
-from diffulm.denoiser import ChunkedNLL, HFDenoiser, check_attention, check_head
+from diffulm.denoiser import ChunkedNLL, HFDenoiser
 from diffulm.layout import Annealing, Block, Causal, Full, NoisedBatch, Rows
 from diffulm.objective import Normalisation, diffusion_loss
+from diffulm.probe import check_attention, check_head
 from diffulm.process import MaskedDiffusion
 from diffulm.runtime import parse_precision
 

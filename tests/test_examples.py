@@ -67,4 +67,4 @@ def test_readme_python(checkpoint: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
-        run(sys.executable, "-c", block.replace('"runs/demo/model"', repr(str(checkpoint))), cwd=tmp_path)
+        run(sys.executable, "-c", re.sub(r'"runs/\w+/model"', repr(str(checkpoint)), block), cwd=tmp_path)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffulm import hub
 from diffulm.convert import convert
-from diffulm.denoiser import HFDenoiser, dependency_matrix
+from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Block, Causal, Full, visible
+from diffulm.probe import dependency_matrix
 
 from .families import FAMILIES, POSITIONS, WINDOW, random_model, save_parent
 

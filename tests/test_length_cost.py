@@ -63,5 +63,6 @@ def test_a_run_writes_its_tables_and_says_what_it_leaves_out(
     text = (tmp_path / "cost.md").read_text()
     assert "| 64x1 | 0.3M | block of 32 | 512 |" in text and "Exponents of the length" in text
     benchmark.main([*words, "--seconds", "0.0001"])
-    assert "32x1 full: 512 tokens and more left out" in capsys.readouterr().out
-    assert {c["length"] for c in json.loads((tmp_path / "cost.json").read_text())["cells"]} == {256}
+    assert "64x1 full: 512 tokens and more left out" in capsys.readouterr().out
+    lengths = [(c["model"], c["length"]) for c in json.loads((tmp_path / "cost.json").read_text())["cells"]]
+    assert set(lengths) == {("32x1", 256), ("32x1", 512), ("64x1", 256)}, "the first size is measured to the end"

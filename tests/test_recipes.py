@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from diffulm.adapt import adapt, as_source
+from diffulm.adapt import adapt
 from diffulm.data.sources import open_source
+from diffulm.job.arm import as_source
 from diffulm.layout import Annealing
 from diffulm.train.config import Recipe, load_recipe
 from diffulm.train.optim import learning_rate
@@ -170,7 +171,7 @@ def test_the_block_recipe_is_the_other_ones_text_and_found_by_name() -> None:
 
 
 def test_make_demo_takes_a_recipe() -> None:
-    for options, recipe in (([], "smollm2-cpu"), (["RECIPE=smollm2-block"], "smollm2-block")):
+    for options, recipe in (([], "smollm2-block"), (["RECIPE=smollm2-cpu"], "smollm2-cpu")):
         command = ["make", "--dry-run", "demo", *options]
         lines = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True, check=True).stdout
         assert f" adapt smollm2-135m-instruct-q4 --recipe {recipe} --minutes 5 " in lines

@@ -32,9 +32,3 @@ def test_one_gpu_for_all_processes_is_refused(gpus: pytest.MonkeyPatch) -> None:
     gpus.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="use --device cuda, a GPU for each"):
         runtime.pick_device("cuda:1")
-
-
-def test_one_process_does_its_own_work() -> None:
-    assert runtime.on_first_rank(lambda: 5) == 5 and runtime.rank_and_world() == (0, 1)
-    with pytest.raises(ValueError, match="mine"), runtime.process_group():
-        raise ValueError("mine")

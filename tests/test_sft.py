@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,12 @@ from diffulm import answers, cli, hub
 from diffulm.adapt import adapt
 from diffulm.answers import histogram, same
 from diffulm.convert import convert
-from diffulm.sft import sft, split_digits
-from diffulm.tokenizer import encode, load_tokenizer
+from diffulm.data.chat import Conversations, tokenise
+from diffulm.data.conversations import read_conversations
+from diffulm.data.sources import Source
+from diffulm.sft import answer_share, sft, split_digits
+from diffulm.template import open_turn
+from diffulm.tokenizer import decode, encode, load_tokenizer, special_tokens
 from diffulm.train.config import (
     DataConfig,
     EvalConfig,
@@ -27,6 +33,7 @@ from diffulm.train.config import (
     TrainConfig,
     load_recipe,
 )
+from diffulm.train.flops import Shape, Work, flops_per_token
 
 from .conftest import build_parent, build_tokenizer
 from .dialogues import chat_tokenizer, talk, write_jsonl
@@ -83,7 +90,7 @@ def test_all_weights(kind: str, parents: Any, tmp_path: Path) -> None:
     assert [row["prompt"] for row in answered["after"]["prompts"]] == ["Is 3 odd?"]
     assert len(answered["before"]["heldout"]) == len(answered["after"]["heldout"]) == 3
     text = (tmp_path / "run/report.md").read_text()
-    assert "| before |" in text and "## Held-out questions" in text and "**Is 3 odd?**" in text
+    assert "| before |" in text and "## Held-out questions" in text and "| Is 3 odd? |" in text
     # The same call reads what is there; another recipe is refused.
     said: list[str] = []
     assert sft(recipe, tmp_path / "run", device="cpu", say=said.append) == report and "is finished" in said[0]
@@ -162,6 +169,38 @@ chat_template = "{{% for m in messages %}}[{{{{ m.role }}}}]\\n{{{{ m.content }}
     monkeypatch.setattr("sys.stdin", io.StringIO("Is 3 odd?\n"))
     flags = ("--max-tokens", "4", "--dtype", "float32", "--device", "cpu")
     assert cli.main(["chat", str(tmp_path / "run/model"), *flags]) == 0, "the template went with the model"
+
+
+# ------------------------------------------------------------------------------------------------------ operations
+
+
+def test_the_operations_of_a_run_are_in_its_records(parents: Any, tmp_path: Path) -> None:
+    """Of answers alone tokens are noised, and a LoRA's frozen weights get no gradient: both cost less."""
+    data, tflop = talks(tmp_path / "talks.jsonl"), []
+    for name, options in (("whole", {}), ("lora", {"lora_rank": 2})):
+        report = sft(recipe_of(parents["full"], data, **options), tmp_path / name, device="cpu", say=quiet)
+        tflop.append([row["tflops"] / row["tokens_per_second"] for row in report["train"]])
+    shape = Shape.of(hub.load(parents["full"], device="cpu", dtype="float32").denoiser.model)
+    recipe = recipe_of(parents["full"], data)
+    least, text = (flops_per_token(shape, Work.of(recipe, noised=share)) / 1e12 for share in (0.0, 1.0))
+    share = (tflop[0][0] - least) / (text - least)
+    assert 0.1 < share < 0.9 and tflop[0] == pytest.approx([tflop[0][0]] * 6, rel=2e-3)
+    frozen = flops_per_token(shape, Work.of(recipe, noised=share), frozen=True) / 1e12
+    assert tflop[1] == pytest.approx([frozen] * 6, rel=2e-3) and frozen < least
+
+
+def test_the_share_of_answers_is_that_of_what_may_be_noised(parents: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(parents["full"])
+    special, sequences = special_tokens(tokenizer), []
+    for name, texts in (("a", ("It is odd.", "No.")), ("b", ("Let me think about that for a while.", "Yes, I do."))):
+        rows = [{"messages": talk(f"Is {i} odd?", texts[i % 2])} for i in range(20)]
+        read = read_conversations(Source(name, str(write_jsonl(tmp_path / f"{name}.jsonl", rows))))
+        sequences.append(Conversations.cut(tokenise(read.conversations, tokenizer), 64, special))
+    parts = [sum(q.read(i)[1].mean() for i in range(len(q))) / len(q) for q in sequences]
+    assert abs(parts[0] - parts[1]) > 0.02
+    sources = [SimpleNamespace(weight=w) for w in (1.0, 3.0)]
+    run: Any = SimpleNamespace(recipe=SimpleNamespace(data=SimpleNamespace(sources=sources)))
+    assert answer_share(run, sequences) == pytest.approx((parts[0] + 3 * parts[1]) / 4, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -244,15 +283,40 @@ def test_a_held_out_question_ends_with_a_whole_block(parents: Any, monkeypatch: 
     """A block cut short invites the end; what was written in the rest of the last block is not looked at."""
     model, seen = hub.load(parents["block"], device="cpu", dtype="float32"), []
 
-    def run(model: Any, canvas: Any, steps: int, *args: Any, tokens: int, **more: Any) -> torch.Tensor:
+    def unmask(model: Any, canvas: Any, *, tokens: int, **more: Any) -> Any:
         seen.append((canvas.ids.shape[1], tokens))
-        return torch.where(canvas.editable, 9, canvas.ids)
+        return [SimpleNamespace(ids=torch.where(canvas.editable, 9, canvas.ids))]
 
-    monkeypatch.setattr(answers, "run", run)
+    monkeypatch.setattr(answers, "unmask", unmask)
     question = answers.Answered(answers.Request((0, 5, 6), (7, 8, 1)), (0, 0), 3)
     (row,) = answers.answer_heldout(model, [question], 64, 6, 6)
     size = model.layout.size
     assert seen == [(-(-9 // size) * size, 6)] and seen[0][0] > 9 and row["room"] == row["end"] == 6
+
+
+def test_the_parents_answers_are_its_greedy_ones(parents: Any) -> None:
+    """Behind the text that the child is given, against a loop without a cache."""
+    model = hub.load(parents["block"], device="cpu")
+    stock, tokenizer = hub.load_parent(str(parents["ar"]))
+    special, found = special_tokens(tokenizer), answers.answer_prompts_by_parent(model, ("Is 3 odd?", "Name a"), 6)
+    for prompt, entry in zip(("Is 3 odd?", "Name a"), found, strict=True):
+        turn = open_turn(model.tokenizer, [{"role": "user", "content": prompt}])
+        ids = [special.bos, *encode(tokenizer, turn.context)]
+        ends, new = {special.bos, special.eos, *encode(tokenizer, turn.end)}, list[int]()
+        with torch.no_grad():
+            while len(new) < 6 and not ends & {*new}:
+                new.append(int(stock(torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert entry == {"prompt": prompt, "answer": decode(tokenizer, [t for t in new if t not in ends])}
+
+
+def test_a_parent_that_is_not_here_is_left_out_aloud(parents: Any, tmp_path: Path) -> None:
+    moved = shutil.copytree(parents["full"], tmp_path / "child")
+    config = json.loads((moved / "config.json").read_text())
+    config["diffusion"]["parent"] = str(tmp_path / "gone")
+    (moved / "config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    report = sft(recipe_of(moved, talks(tmp_path / "talks.jsonl")), tmp_path / "run", say=said.append)
+    assert "parent" not in report["answers"] and any("AR parent's answers are left out" in line for line in said)
 
 
 def test_exact_match_and_where_answers_end() -> None:

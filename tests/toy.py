@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffulm.denoiser import HFDenoiser, make_bidirectional
+from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Full, Rows
+from diffulm.probe import make_bidirectional
 from diffulm.process import MaskedDiffusion
 from diffulm.sampling import Policy, Step
 from diffulm.tokenizer import SpecialTokens

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,26 @@ import numpy as np
 import torch
 
 from .data.chat import Answers
+from .denoiser import HFDenoiser
+from .eval.autoregress import continue_ids
 from .eval.estimate import Request, Scorer
 from .eval.likelihood import ratio_stderr
-from .hub import Model
+from .eval.page import Block, Prose, Table, keep
+from .eval.summary import finite
+from .hub import Model, load_parent
 from .layout import Denoiser, Layout
 from .process import MaskedDiffusion
-from .runtime import write_atomic
+from .render import duration
 from .sampling import Draw, EndOfText
 from .sampling.chat import Chat
-from .sampling.text import caching_from_name, completions, run
-from .tokenizer import SpecialTokens, decode, special_tokens
+from .sampling.fill import completions, filled, unmask
+from .template import open_turn
+from .tokenizer import SpecialTokens, decode, encode, special_tokens
 
 #: Bins of the histogram of where answers end.
 BINS = 8
+#: Who answers, and under what name; the parent's answers are there where someone asked for them.
+SIDES = (("parent", "AR parent"), ("before", "Before"), ("after", "After"))
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,26 @@ def answer_prompts(model: Model, prompts: Sequence[str], max_tokens: int, steps:
     return out
 
 
+def answer_prompts_by_parent(model: Model, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
+    """The AR parent's greedy answers, from left to right, to the text that the child is given.
+
+    ValueError where the parent that the checkpoint names is not on this machine: it is not fetched for this.
+    """
+    stock, tokenizer = load_parent(model.parent, offline=True)
+    denoiser = HFDenoiser(stock.to(model.device).eval(), None)
+    special = special_tokens(tokenizer)
+    turns = [open_turn(model.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    # A template of the fine-tune's own may end answers with a token that the parent does not have.
+    ends = {special.eos, special.bos, *(ids[0] for t in turns if len(ids := encode(tokenizer, t.end)) == 1)}
+    contexts = [[special.bos, *encode(tokenizer, turn.context)] for turn in turns]
+    new = continue_ids(
+        denoiser, contexts, [max_tokens] * len(prompts), draw=Draw(0.0), seeds=[0] * len(prompts),
+        finished=lambda sample, ids: ids[-1] in ends, device=model.device,
+    )  # fmt: skip
+    texts = [decode(tokenizer, ids[:-1] if ids and ids[-1] in ends else ids) for ids in new]
+    return [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
 def answer_heldout(
     model: Model, questions: Sequence[Answered], length: int, max_tokens: int, steps: int
 ) -> list[dict[str, Any]]:
@@ -113,10 +140,10 @@ def answer_heldout(
         room = min(max_tokens, length - 1 - len(context))
         canvas = completions([context], room, special, model.layout, length).to(model.device)
         ends = (truth[-1], special.eos, special.bos)
-        cache = caching_from_name("none", model.denoiser, model.layout)
-        end_of_text = EndOfText(ends)
-        ids = run(model, canvas, steps, "confidence", Draw(0.0), 0, None, end_of_text, cache=cache, tokens=room)
-        new = ids[0, 1 + len(context) :][:room].tolist()
+        made = unmask(
+            model, canvas, steps=steps, tokens=room, policy="confidence", draw=Draw(0.0), seeds=[0], end=EndOfText(ends)
+        )
+        new = filled(canvas, made)[0, 1 + len(context) :][:room].tolist()
         end = next((i for i, token in enumerate(new) if token in ends), len(new))
         texts = decode(model.tokenizer, new[:end]), decode(model.tokenizer, truth[:-1])
         out.append(
@@ -149,7 +176,7 @@ def summary(report: dict[str, Any]) -> str:
     for what in ("before", "after"):
         bound = report[what]
         lines.append(
-            f"{what:<6} {bound['nats_per_token']:.3f} +- {bound['stderr_nats_per_token']:.3f} nats/token, "
+            f"{what:<6} {_with_error(bound['nats_per_token'], bound['stderr_nats_per_token'])} nats/token, "
             f"{bound['bits_per_byte']:.3f} bits/byte of {bound['answers']} held-out answers"
         )
         if rows := report["answers"][what]["heldout"]:
@@ -157,44 +184,89 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_sft_report(report: dict[str, Any], out: Path) -> None:
-    """report.md and, last, report.json."""
-    recipe = report["recipe"]
-    parts = [
-        f"# Fine-tuning: {recipe['name']}", f"`{report['command']}`" if report["command"] else "",
-        "The bound is of -log p(answer and its end | what stands before it) on a canvas that ends with the answer (its "
-        "length is given), by complementary masks.",
-        "| | nats per token | bits per byte |\n|---|---|---|\n" + "\n".join(
-            f"| {what} | {report[what]['nats_per_token']:.3f} +- {report[what]['stderr_nats_per_token']:.3f} | "
-            f"{report[what]['bits_per_byte']:.3f} |" for what in ("before", "after")
-        ),
-        f"{report['after']['answers']} held-out answers, {report['after']['tokens']:,} tokens; {len(report['train'])} "
-        f"steps of {recipe['train']['batch']} sequences of {recipe['data']['length']} tokens, {report['dtype']}.",
+def write_sft_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
+    """report.md, report.html and, last, report.json in the folder `out`; returns what report.json holds, in which a
+    standard error that is unknown is null.
+    """
+    bounds = {what: dict(report[what]) for what in ("before", "after")}
+    for bound in bounds.values():
+        bound["stderr_nats_per_token"] = finite(bound["stderr_nats_per_token"])
+    report = report | bounds
+    keep(report, f"Fine-tuning: {report['recipe']['name']}", list(blocks(report)), out)
+    return report
+
+
+def blocks(report: Mapping[str, Any]) -> Iterator[Block]:
+    """The report of a fine-tune in the order in which a person asks."""
+    recipe, before, after = report["recipe"], report["before"], report["after"]
+    yield Prose(
+        f"A token of a held-out answer now costs at most {after['nats_per_token']:.3f} nats; it was "
+        f"{before['nats_per_token']:.3f} before fine-tuning."
+    )
+    yield Prose("Held-out answers", "heading")
+    rows = [
+        (what, _with_error(bound["nats_per_token"], bound["stderr_nats_per_token"]), f"{bound['bits_per_byte']:.3f}")
+        for what, bound in (("before", before), ("after", after))
+    ]
+    yield Table(("", "Nats per token", "Bits per byte"), rows)
+    yield Prose(
+        "The bound of -log p(answer and its end | what stands before it) on a canvas that ends with the answer (its "
+        f"length is given), by complementary masks, {after['draws']} draws. {after['answers']} answers, "
+        f"{after['tokens']:,} tokens. ± is one standard error, clustered by conversation. Lower is better."
+    )
+    yield from _questions(report["answers"])
+    yield from _whole_answers(report["answers"], recipe["eval"])
+    yield Prose("Data", "heading")
+    counts = [
+        (name, f"{n['train']['answers']:,}", f"{n['train']['answer_tokens']:,}", f"{n['heldout']['answers']:,}",
+         f"{n['bad']:,}")
+        for name, n in report["data"].items()
     ]  # fmt: skip
-    for name, count in report["data"].items():
-        parts.append(
-            f"{name}: {count['train']['answers']:,} answers to train on ({count['train']['answer_tokens']:,} tokens), "
-            f"{count['heldout']['answers']:,} held out, {count['bad']} bad rows left out."
-        )
-    answered = report["answers"]
-    if rows := answered["after"]["heldout"]:
-        exact = [sum(row["exact"] for row in answered[what]["heldout"]) for what in ("before", "after")]
-        parts.append(
-            f"## Held-out questions\n\nExact: {exact[0]} before, {exact[1]} after, of {len(rows)}. How many answers "
-            "end in each eighth of their room (the last: or never):"
-        )
-        ends = ("truth", rows, "true_end"), ("before", answered["before"]["heldout"], "end"), ("after", rows, "end")
-        table = [" | ".join(["", *(str(i + 1) for i in range(BINS))]), "---|" * (BINS + 1)]
-        table += [" | ".join([label, *map(str, histogram(found, key))]) for label, found, key in ends]
-        parts.append("\n".join(f"|{line}" for line in table))
-    if answered["after"]["prompts"]:
-        parts.append("## Answers, whole")
-        for before, after in zip(answered["before"]["prompts"], answered["after"]["prompts"], strict=True):
-            parts.append(f"**{before['prompt']}**")
-            parts += [f"{what}:\n\n{_quoted(row['answer'])}" for what, row in (("before", before), ("after", after))]
-    write_atomic(out / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    yield Table(("Source", "Answers to train on", "Their tokens", "Answers held out", "Bad rows left out"), counts)
+    yield Prose("What it took", "heading")
+    facts = [
+        ("Steps", f"{len(report['train']):,} of {recipe['train']['batch']} x {recipe['data']['length']} tokens"),
+        ("Whole job", duration(report["seconds"])), ("Precision", report["dtype"]), ("Result", report["model"]),
+    ]  # fmt: skip
+    yield Table(("", ""), facts)
+    if report["command"]:
+        yield Prose(report["command"], "code")
 
 
-def _quoted(text: str) -> str:
-    return "\n".join(f"    {line}" for line in (text or "(nothing)").split("\n"))
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None and not math.isnan(error) else "")
+
+
+def _sides(answered: Mapping[str, Any], kind: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(name, rows) of everyone who answered prompts ("prompts") or held-out questions ("heldout")."""
+    found = [(name, (answered.get(side) or {}).get(kind) or []) for side, name in SIDES]
+    return [(name, rows) for name, rows in found if rows]
+
+
+def _questions(answered: Mapping[str, Any]) -> Iterator[Block]:
+    """Exact match on held-out questions, and where the answers to them end."""
+    if not (sides := _sides(answered, "heldout")):
+        return
+    rows = sides[0][1]
+    exact = ", ".join(f"{name} {sum(row['exact'] for row in found)}" for name, found in sides)
+    yield Prose("Held-out questions", "heading")
+    yield Prose(
+        f"Exact, of {len(rows)}: {exact}. How many answers end in each eighth of their room (the last: or never):"
+    )
+    ends = [("Truth", histogram(rows, "true_end")), *((name, histogram(found, "end")) for name, found in sides)]
+    header = ("Answers that end in eighth", *(str(i + 1) for i in range(BINS)))
+    yield Table(header, [(name, *map(str, counts)) for name, counts in ends])
+
+
+def _whole_answers(answered: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Block]:
+    """What everyone answers to the recipe's prompts."""
+    if not (sides := _sides(answered, "prompts")):
+        return
+    yield Prose("Answers, whole", "heading")
+    rows = [
+        (row["prompt"], *(found[i]["answer"] or "(nothing)" for _, found in sides)) for i, row in enumerate(sides[0][1])
+    ]
+    yield Table(("Prompt", *(name for name, _ in sides)), rows, samples=True)
+    yield Prose(
+        f"Greedy, at most {settings['max_tokens']} tokens; the diffusion model in at most {settings['steps']} steps."
+    )

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from . import hub
-from .denoiser import HFDenoiser, check_attention, check_head, make_bidirectional
+from .denoiser import HFDenoiser
 from .layout import Causal, layout_from_config
+from .probe import check_attention, check_head, make_bidirectional
 from .process import MaskedDiffusion
 from .schedule import schedule_from_name
 from .tokenizer import MASK_TOKEN, encode, special_tokens

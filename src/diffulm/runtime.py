@@ -1,4 +1,4 @@
-"""Machine matters: device, dtype, seeds, logging, atomic files, the process group.
+"""Machine matters: device, dtype, seeds, logging, atomic files.
 
 Nothing here knows about diffusion. Imported by every layer above, imports none of them.
 """
@@ -6,7 +6,6 @@ Nothing here knows about diffusion. Imported by every layer above, imports none 
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import json
 import logging
@@ -14,11 +13,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("diffulm")
-
-T = TypeVar("T")
 
 #: What a seeded uniform is used for. Each purpose has its own stream, so that adding a draw to one
 #: never shifts another (design: one uniform per sample, position, step and purpose).
@@ -73,6 +69,11 @@ class Precision:
         import torch
 
         return torch.autocast(device_type, self.autocast)
+
+
+def under_torchrun() -> tuple[int, int]:
+    """(rank, world size) that torchrun's environment announces, before the group is joined and after it is left."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -184,7 +185,11 @@ def peak_memory_bytes() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Kind of processor, cores this process may use, threads, memory in bytes, GPU (name or None), versions."""
+    """What a result may say of the machine, without its name or paths.
+
+    Processor (kind and architecture), cores this process may use, threads of torch, memory in bytes, GPU (name or
+    None), versions.
+    """
     import importlib.metadata
     import platform
 
@@ -198,6 +203,7 @@ def machine() -> dict[str, Any]:
     there = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
     return {
         "cpu": cpu,
+        "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if there else None,
@@ -210,13 +216,10 @@ def machine() -> dict[str, Any]:
 
 
 def describe_machine() -> str:
-    """One line without names or paths: architecture, cores, accelerator."""
-    import platform
-
-    import torch
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {gpu}"
+    """Some facts of `machine` in one line: architecture, cores, threads, GPU."""
+    facts = machine()
+    gpu = facts["gpu"] or "no GPU"
+    return f"{facts['architecture']}, {facts['cores']} cores, {facts['threads']} threads, {gpu}"
 
 
 # ------------------------------------------------------------------------------------------------- atomic files
@@ -286,141 +289,3 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "diffulm"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffulm"
-
-
-# ------------------------------------------------------------------------------------------------ process group
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, answered in order. `code`: 128 + 15, which shells and schedulers say of a death by SIGTERM."""
-
-    code = 143
-
-
-def rank_and_world() -> tuple[int, int]:
-    """(rank, world size) of the process group, (0, 1) when there is none."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def under_torchrun() -> tuple[int, int]:
-    """(rank, world size) that torchrun's environment announces, before the group is joined and after it is left."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextlib.contextmanager
-def process_group(device: torch.device | None = None) -> Iterator[tuple[int, int]]:
-    """Joins the group torchrun describes for the length of the block; (0, 1) without torchrun.
-
-    gloo carries what lies on the CPU, NCCL what lies on the GPU (when `device` is one). Within the block only rank 0
-    logs. Of several errors the first one is raised as it is; in the other processes, whose errors only follow from it,
-    it becomes a silent SystemExit, and so does an interrupt in all but rank 0.
-    """
-    rank, world = under_torchrun()
-    if world == 1:
-        yield 0, 1
-        return
-    import torch
-    import torch.distributed as dist
-
-    backend = "gloo"
-    if device is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    store, rank, world = next(iter(dist.rendezvous("env://")))
-    store = dist.PrefixStore(_attempt(), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    level = log.level
-    if rank:
-        log.setLevel(logging.ERROR)
-    try:
-        yield rank, world
-    except Exception as error:
-        # The group is left standing: to destroy it would make the others fail, and speak, before this one has spoken.
-        if not _is_first(store):
-            raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
-        if _lost_a_peer(error):
-            raise RuntimeError(
-                "the connection to another process broke; if none of them said why, it was killed (out of memory?)"
-            ) from error
-        raise
-    except KeyboardInterrupt as interrupt:
-        _leave()
-        if rank:
-            raise SystemExit(getattr(interrupt, "code", 130)) from interrupt
-        raise
-    else:
-        _leave()
-    finally:
-        log.setLevel(level)
-
-
-def _attempt() -> str:
-    """A prefix for the keys of this start of the processes.
-
-    torchrun keeps one store over its restarts, in which processes would find the addresses of dead ones. The count of
-    restarts is each node's own, hence no prefix on many nodes (there a variable gives every start a store of its own:
-    docs/guides/scale.md).
-    """
-    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if one_node else 0}"
-
-
-def _leave() -> None:
-    """The orderly end: all processes together, no sharded module alive (one would abort its process, at random)."""
-    import torch.distributed as dist
-
-    gc.collect()
-    dist.barrier()
-    _waiting.clear()
-    dist.destroy_process_group()
-
-
-def _is_first(store: Any) -> bool:
-    """Whether no other process has failed before; the store is torchrun's and outlives the processes."""
-    try:
-        return bool(store.add("failures", 1) == 1)
-    except Exception:  # torchrun is gone too: better twice than never
-        return True
-
-
-def _lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process went away."""
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "connection closed", "nccl"))
-
-
-#: The group in which processes wait for rank 0; made at first use, since every process must take part in making it.
-_waiting: list[Any] = []
-
-
-def on_first_rank(work: Callable[[], T]) -> T:
-    """What `work` returns, which rank 0 alone does while the others wait, however long; pickled on its way to them.
-
-    An error or an interrupt of rank 0 is raised there, and ends the others silently (SystemExit).
-    """
-    rank, world = rank_and_world()
-    if world == 1:
-        return work()
-    import torch.distributed as dist
-
-    if not _waiting:
-        _waiting.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
-    message: list[Any] = [None]
-    if rank == 0:
-        try:
-            message = [(0, work())]
-        except BaseException as error:
-            code = 2 if isinstance(error, ValueError) else 1
-            code = getattr(error, "code", 130) if isinstance(error, KeyboardInterrupt) else code
-            dist.broadcast_object_list([(code, None)], group=_waiting[0])
-            raise
-    dist.broadcast_object_list(message, group=_waiting[0])
-    code, value = message[0]
-    if code:
-        raise SystemExit(code)
-    result: T = value
-    return result

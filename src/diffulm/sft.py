@@ -3,7 +3,7 @@
     init/     the diffusion checkpoint it begins from, its tokenizer with the chat template
     data/     tokenised answers, train and held out        sft/         checkpoints of the training
     model/    the fine-tuned model, or adapter/ for a LoRA (a peft folder; its base is init/)
-    scores.json   report.json, report.md
+    scores.json   report.html, report.md, report.json
 
 The parent is a diffusion checkpoint, whose weights and `diffusion` dict are kept, or an autoregressive model, which is
 converted first. The measure is the bound on held-out answers given their contexts, before and after.
@@ -13,28 +13,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import adapters, hub, released, runtime
-from .adapt import Run, as_source, claim, convert_stage, diffusion_of, is_first, open_arm, read_state, write_state
-from .answers import Answered, answer_heldout, answer_prompts, pick_heldout, response_bound, write_sft_report
+from .answers import (
+    Answered,
+    answer_heldout,
+    answer_prompts,
+    answer_prompts_by_parent,
+    pick_heldout,
+    response_bound,
+    write_sft_report,
+)
 from .data.chat import Answers, Conversations, tokenise
 from .data.conversations import read_conversations
-from .data.loader import ORDER, Loader, Mixture
 from .denoiser import HFDenoiser
-from .layout import Annealing, Growth
+from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, shares, training_precision
+from .job.folder import Run, Say, as_json, begin, finished, opened, read_state, stages, write_state
 from .template import use_template
 from .tokenizer import SpecialTokens, load_tokenizer, special_tokens
-from .train.budget import find_budget, plan_budget
-from .train.checkpoint import full_model_state
-from .train.config import Recipe, to_dict
-from .train.loop import Progress, train
+from .train.config import Recipe
+from .train.flops import Shape, Work, flops_per_token
+from .train.group import on_first_rank
+from .train.loop import Progress
 from .train.metrics import read_metrics
-from .train.parallel import check_world, parallelize
 
 Stores = dict[str, tuple[Answers, Answers]]
 
@@ -46,7 +50,7 @@ def sft(
     command: str = "",
     offline: bool = False,
     device: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Say = print,
     on_step: Callable[[str, Progress], None] = lambda arm, progress: None,
 ) -> dict[str, Any]:
     """Run a recipe of task "sft"; returns the report (also written to `out`). The same call resumes.
@@ -57,59 +61,36 @@ def sft(
     """
     if recipe.task != "sft":
         raise ValueError(f"recipe {recipe.name!r} has task {recipe.task!r}; run it with adapt, or set task = 'sft'")
-    where = runtime.pick_device(device)
-    with runtime.process_group(where) as (rank, world):
-        if rank:
-            say, on_step = (lambda _: None), (lambda arm, progress: None)
-        run = Run(recipe, Path(out), offline, say, on_step, where, compile=False)
-        return _stages(run, command, world)
+    with opened(recipe, out, offline=offline, device=device, say=say, on_step=on_step) as run:
+        return _stages(run, command)
 
 
-def _stages(run: Run, command: str, world: int) -> dict[str, Any]:
-    recipe, out, alone = run.recipe, run.out, runtime.on_first_rank
-    if world > 1 and recipe.sft.lora_rank:
+def _stages(run: Run, command: str) -> dict[str, Any]:
+    recipe, out, alone = run.recipe, run.out, on_first_rank
+    if run.world > 1 and recipe.sft.lora_rank:
         raise ValueError("a LoRA is trained in one process; start it without torchrun, or set sft.lora_rank = 0")
-
-    def begin() -> bool:
-        check_world(recipe.train, world)
-        return claim(out, recipe, False)
-
-    fresh = alone(begin)
-    if alone((out / "report.json").is_file):
-        run.say(f"{out} is finished; its report is {out / 'report.md'} (another --out starts afresh)")
-        done: dict[str, Any] = runtime.read_json(out / "report.json")
+    fresh = begin(run)
+    if (done := finished(run)) is not None:
         return done
-    wants = recipe.train.compile
-    run.compile = wants == "on" or (wants == "auto" and (run.device.type == "cuda" or alone(runtime.can_compile)))
-    started = time.perf_counter() - float(read_state(out).get("seconds_before", 0))
-    try:
+    with stages(run, "sft", fresh=fresh) as seconds:
         alone(lambda: init_stage(run))
         follow_checkpoint(run)
         stores, counts = data_stage(run)
         special = special_tokens(load_tokenizer(out / "init"))
         requests = pick_heldout([held for _, held in stores.values()], special, recipe.data.length, recipe.eval.windows)
         before = alone(lambda: score(run, "before", requests))
-        answered = alone(lambda: answers(run, "before", requests))
+        answered = alone(lambda: parents_answers(run)) | alone(lambda: answers(run, "before", requests))
         train_stage(run, stores, requests)
         after = alone(lambda: score(run, "after", requests))
         answered |= alone(lambda: answers(run, "after", requests))
-    except ValueError:
-        if is_first() and fresh and not (out / "sft").exists():
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-    finally:
-        if out.exists():
-            write_state(out, seconds_before=time.perf_counter() - started)
 
     def conclude() -> dict[str, Any]:
-        rows = read_metrics(out / "sft")
         report = {
-            "recipe": json.loads(json.dumps(to_dict(recipe))), "command": command, "data": counts, "before": before,
-            "after": after, "answers": answered, "train": rows, "dtype": read_state(out)["dtype"],
-            "seconds": time.perf_counter() - started, "model": str(result_folder(run)),
+            "recipe": as_json(recipe), "command": command, "data": counts, "before": before, "after": after,
+            "answers": answered, "train": read_metrics(out / "sft"), "dtype": read_state(out)["dtype"],
+            "seconds": seconds(), "model": str(result_folder(run)),
         }  # fmt: skip
-        write_sft_report(report, out)
-        return report
+        return write_sft_report(report, out)
 
     return alone(conclude)
 
@@ -196,8 +177,8 @@ def data_stage(run: Run) -> tuple[Stores, dict[str, Any]]:
         runtime.write_atomic(folder / "conversations.json", json.dumps(counts, indent=1))
         return counts
 
-    there = runtime.on_first_rank((folder / "conversations.json").is_file)
-    counts = runtime.read_json(folder / "conversations.json") if there else runtime.on_first_rank(make)
+    there = on_first_rank((folder / "conversations.json").is_file)
+    counts = runtime.read_json(folder / "conversations.json") if there else on_first_rank(make)
     for name, count in counts.items():
         run.say(
             f"  {name}: {count['train']['answers']:,} answers ({count['train']['answer_tokens']:,} tokens) to train "
@@ -215,7 +196,7 @@ def result_folder(run: Run) -> Path:
     return run.out / ("adapter" if run.recipe.sft.lora_rank else "model")
 
 
-def opened(run: Run, what: str) -> hub.Model:
+def open_result(run: Run, what: str) -> hub.Model:
     """The model before or after, as anyone would open it."""
     lora = what == "after" and run.recipe.sft.lora_rank
     folder = run.out / ("model" if what == "after" and not lora else "init")
@@ -230,8 +211,8 @@ def score(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
     if stored:
         return dict(stored)
     run.say(f"scoring {what} on {len(requests)} held-out answers")
-    open_arm(run, run.out / "init", causal=False)  # measures the dtype, once
-    model = opened(run, what)
+    training_precision(run)  # measured before the model is opened in it
+    model = open_result(run, what)
     found = bound(run, model.denoiser, requests, run.recipe.eval.draws)
     run.say(f"  {found['nats_per_token']:.3f} +- {found['stderr_nats_per_token']:.3f} nats/token of the answers")
     write_state(run.out, **{what: found})
@@ -253,7 +234,7 @@ def answers(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
     stored = read_state(run.out).get(f"answers_{what}")
     if stored is None:
         run.say(f"answering {what}")
-        model, settings = opened(run, what), run.recipe.eval
+        model, settings = open_result(run, what), run.recipe.eval
         stored = {
             "prompts": answer_prompts(model, settings.prompts, settings.max_tokens, settings.steps),
             "heldout": answer_heldout(
@@ -264,56 +245,60 @@ def answers(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
     return {what: stored}
 
 
+def parents_answers(run: Run) -> dict[str, Any]:
+    """{"parent": the AR parent's answers to the recipe's prompts} where it is on this machine, computed once; or {}."""
+    stored, settings = read_state(run.out).get("answers_parent"), run.recipe.eval
+    if stored is None and settings.prompts:
+        try:
+            stored = {
+                "prompts": answer_prompts_by_parent(open_result(run, "before"), settings.prompts, settings.max_tokens)
+            }
+        except ValueError as error:
+            run.say(f"the AR parent's answers are left out: {error}")
+            return {}
+        write_state(run.out, answers_parent=stored)
+    return {} if stored is None else {"parent": stored}
+
+
 def train_stage(run: Run, stores: Stores, requests: list[Answered]) -> None:
     """Train, resuming if it was begun, and write the model or its adapter."""
-    final, recipe, config = result_folder(run), run.recipe, run.recipe.train
+    final, recipe = result_folder(run), run.recipe
     if (final / ("adapter_config.json" if recipe.sft.lora_rank else "config.json")).is_file():
         return
     denoiser, tokenizer, special = open_arm(run, run.out / "init", causal=False)
     layout, process = diffusion_of(run, special)
-    lora = None
+    shape, lora = Shape.of(denoiser.model), None
     if recipe.sft.lora_rank:
         lora = adapters.add_lora(
             denoiser.model, int(special.mask or 0), rank=recipe.sft.lora_rank, alpha=recipe.sft.lora_alpha,
-            targets=recipe.sft.lora_targets, seed=config.seed,
+            targets=recipe.sft.lora_targets, seed=recipe.train.seed,
         )  # fmt: skip
         denoiser.to(run.device)
     run.say("fine-tuning" + (f" a LoRA of rank {recipe.sft.lora_rank}" if lora is not None else " all weights"))
-    parallelize(
-        denoiser, denoiser.precision, compile=run.compile,
-        activation_checkpointing=config.activation_checkpointing, replicas=config.replicas,
-    )  # fmt: skip
-    sequences: Any = [cut(run, name, train_set, special) for name, (train_set, _) in stores.items()]
-    weights = [float(len(q)) if s.weight is None else s.weight for q, s in zip(sequences, recipe.data.sources)]
-    loader = Loader(
-        Mixture(sequences, weights, config.seed), layout, process, config.batch, config.micro_batch, config.seed,
-        form=recipe.noise.form, complementary=recipe.noise.complementary, fixed_shapes=run.device.type == "cuda",
-    )  # fmt: skip
-    budget = plan_budget(
-        run.out / "sft", lambda: find_budget(config, loader, denoiser, length=recipe.data.length, device=run.device)
-    )
-    annealing = Annealing(round(config.annealing * budget.steps), config.seed)
-    growth = Growth(config.block_sizes, budget.steps) if config.block_sizes else None
-    loader = dataclasses.replace(loader, annealing=annealing, growth=growth)
+    sequences = [cut(run, name, train_set, special) for name, (train_set, _) in stores.items()]
+    work = Work.of(recipe, noised=answer_share(run, sequences))
     few = requests[:: max(1, len(requests) // 6)][:6]
-    train(
-        denoiser, loader, config, run.out / "sft", budget=budget,
-        settings={"recipe": json.loads(json.dumps(to_dict(recipe))), "arm": "sft", "order": ORDER},
-        anneal_ratio=annealing.ratio, epochs=loader.mixture.epochs,
+    made = fit(
+        run, "sft", run.out / "init", denoiser, sequences, layout, process, config=recipe.train,
+        flops_per_token=flops_per_token(shape, work, frozen=lora is not None),
         heldout=lambda: float(bound(run, denoiser, few, 3)["nats_per_token"]),
-        normalisation=recipe.noise.normalisation, report=lambda p: run.on_step("sft", p),
     )  # fmt: skip
-    state = {k.removeprefix("model."): v for k, v in full_model_state(denoiser).items()}
-    seen = int(denoiser.config.diffusion.get("tokens_seen", 0)) + budget.steps * budget.tokens_per_step
+    seen = int(denoiser.config.diffusion.get("tokens_seen", 0)) + made.tokens
     diffusion = {**denoiser.config.diffusion, "tokens_seen": seen}
     if lora is not None:
-        adapters.write_lora(final, lora, state, diffusion, base=str(run.out / "init"))
+        assert isinstance(made.weights, dict), "one process alone trains a LoRA"
+        adapters.write_lora(final, lora, made.weights, diffusion, base=str(run.out / "init"))
         return
     texts = ", ".join(" ".join((s.path, *s.more)) for s in recipe.data.sources)
     card = f"Recipe `{recipe.name}`: fine-tuned on {texts}.\n"
-    runtime.on_first_rank(
-        lambda: hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=state, card=card)
-    )  # fmt: skip
+    on_first_rank(lambda: hub.save(final, denoiser.model, tokenizer, diffusion, state_dict=made.weights, card=card))
+
+
+def answer_share(run: Run, sequences: Sequence[Conversations]) -> float:
+    """Tokens of the answers and their ends, of all tokens in a sequence: the mean over the mixture."""
+    weights = shares(run, sequences)
+    parts = [float((q.answers + q.extra).sum()) / (len(q) * q.length) for q in sequences]
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True)) / sum(weights)
 
 
 def cut(run: Run, name: str, source: Answers, special: SpecialTokens) -> Conversations:

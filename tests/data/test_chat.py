@@ -293,5 +293,22 @@ def test_the_loader_noises_answers_only_and_weighs_the_eos_behind_them(layout: A
         targets = rows.target.tolist()
         assert not set(targets) & context and SP.eos in targets
         factor = torch.where(rows.target == SP.eos, weight, 1.0)
-        torch.testing.assert_close(rows.weight, other.weight * factor)
+        torch.testing.assert_close(rows.weight, other.weight * factor / made.mean_weight)
         assert rows.maskable == other.maskable, "the count is of tokens, whatever they weigh"
+
+
+def test_the_loss_is_a_weighted_mean() -> None:
+    """Where every token costs one nat, so does the mean, whatever the EOS weigh; and their share is what was asked."""
+    answers = bare(*[(3, 4), (5, 6), (2, 3), (1, 9)] * 6)
+    for weight in (0.0, 0.25, 1.0, 3.0):
+        made = Conversations.cut(answers, 24, SP, eos_padding="random", eos_weight=weight)
+        total = count = eos = 0.0
+        for index in range(len(made)):
+            ids, maskable, _, _ = made.read(index)
+            factor = made.weights(index)
+            factor = np.ones(24, np.float32) if factor is None else factor
+            total, count = total + float(factor[maskable].sum()), count + int(maskable.sum())
+            eos += float(factor[maskable & (ids == SP.eos)].sum())
+        assert total / count == pytest.approx(1, abs=1e-6) and int(made.extra.sum()) > 0
+        behind, answer = int(made.extra.sum()) * weight, int(made.answers.sum())
+        assert eos / total == pytest.approx(behind / (behind + answer), abs=1e-6)

@@ -19,6 +19,7 @@ from diffulm.eval.estimate import Request, Scorer, batches
 from diffulm.eval.masks import FEWER, Tally, every_mask, paired_masks, plan_masks, spread, student
 from diffulm.hub import Model, load_parent
 from diffulm.layout import Block, Causal, Full, Rows
+from diffulm.process import MaskedDiffusion
 from diffulm.tokenizer import SpecialTokens, special_tokens
 
 from .. import toy
@@ -319,3 +320,69 @@ def test_estimates_with_fewer_draws_come_from_the_masks_that_were_scored() -> No
     assert exact.fewer(2**n) == [exact.known] * FEWER
     found = [value for draws in range(65, 200, 2) for value in exact.fewer(draws) or []]
     assert len(set(found)) > 100 and abs(np.mean(found) - exact.known) < 4 * np.std(found) / len(found) ** 0.5
+
+
+# --------------------------------------------------------------------------------------------------------- guidance
+
+
+def guided_by_hand(model: HFDenoiser, context: tuple[int, ...], answer: tuple[int, ...], scale: float) -> float:
+    """The count form over every mask of the answer, the guided law of each token written out; nats."""
+    mask, total, n = toy.SPECIAL.mask, 0.0, len(answer)
+    assert mask is not None
+    for hidden, weight in zip(*every_mask(n), strict=True):
+        shown = [mask if h else t for h, t in zip(hidden, answer, strict=True)]
+        laws = []
+        for before in (list(context), [context[0], *[mask] * (len(context) - 1)]):
+            with torch.no_grad():
+                logits = model.model(torch.tensor([before + shown])).logits[0]
+            logits[:, mask] = -math.inf
+            laws.append(logits.log_softmax(-1))
+        for j in np.flatnonzero(hidden):
+            row = len(context) + int(j) - 1
+            mixed = torch.where(laws[0][row].isneginf(), -math.inf, scale * laws[0][row] + (1 - scale) * laws[1][row])
+            total -= float(mixed.log_softmax(-1)[answer[j]]) * weight
+    return total
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.8])
+def test_guided_scores_are_those_of_the_guided_law(scale: float) -> None:
+    """Options and contexts of several lengths in one batch, one context of the start token alone."""
+    denoiser = toy.tiny_denoiser("llama", torch.float64)
+    asked = [((0, 5, 6, 7), (8, 9)), ((0, 4), (10, 11, 12)), ((0, 9, 9, 9, 3), (5,)), ((0,), (6, 7))]
+    plain = Scorer(denoiser, Full(), MaskedDiffusion(toy.VOCAB - 1), toy.SPECIAL, 16, draws=7)
+    guided = replace(plain, guidance=scale)
+    found = guided.scores([(str(i), [Request(*pair)]) for i, pair in enumerate(asked)])
+    for (score,), (context, answer) in zip(found, asked, strict=True):
+        assert score.nats == pytest.approx(guided_by_hand(denoiser, context, answer, scale), abs=1e-10)
+        assert score.forwards == (2 ** len(answer) - 1) * (2 if scale == 1.8 else 1)
+    same = plain.scores([(str(i), [Request(*pair)]) for i, pair in enumerate(asked)])
+    gaps = [abs(a.nats - b.nats) for (a,), (b,) in zip(found, same, strict=True)]
+    assert gaps[3] < 1e-10, "there is nothing to be guided by"
+    assert max(gaps) < 1e-10 if scale == 1.0 else min(gaps[:3]) > 1e-3
+
+
+def test_guided_scores_of_the_table_toy() -> None:
+    """p(c | a, b)^s p(c | a)^(1 - s), normalised; the first token stands for the start token, which is never masked."""
+    table = toy.Table.exact(P)
+    for a, b, c in toy.TEXTS:
+        ((got,),) = toy_scorer(table, guidance=2.5).scores([("", [Request((a, b), (c,))])])
+        law = table.rows[a, b, toy.MASK][2] ** 2.5 * table.rows[a, toy.MASK, toy.MASK][2] ** -1.5
+        assert got.nats == pytest.approx(-math.log(law[c] / law.sum()), abs=1e-12)
+
+
+def test_guided_greedy_answers_are_those_of_the_guided_law(model: Model) -> None:
+    """The two ends: scale 1 is the plain model, scale 0 one that does not see its context."""
+    requests = [Request((0, *range(20, 30)), (40 + i,)) for i in range(30)]
+    blind = [Request((0, *range(50, 60)), (40 + i,)) for i in range(30)]
+    plain, guided = scorer(model), scorer(model, guidance=0.0)
+    assert guided.greedy(requests) == guided.greedy(blind)
+    assert scorer(model, guidance=1.0).greedy(requests) == plain.greedy(requests)
+    nats = [[s[0].nats for s in one.scores([("", [r]) for r in requests])] for one in (plain, guided)]
+    assert max(abs(a - b) for a, b in zip(*nats, strict=True)) > 0.01
+
+
+def test_guidance_is_for_full_attention_alone(model: Model) -> None:
+    with pytest.raises(ValueError, match="needs a checkpoint with full attention"):
+        replace(scorer(model), layout=Block(4), guidance=2.0)
+    with pytest.raises(ValueError, match="scale must be 0 or a positive number"):
+        scorer(model, guidance=-1.0).scores([("", [Request((0, 5), (6,))])])

@@ -158,16 +158,18 @@ def test_short_options_are_favoured_by_n_over_n_plus_one() -> None:
 # ------------------------------------------------------------------------------------------------------------ sampler B
 
 
-def write_by_loops(model: Any, text: Text, p: PaperProtocol, steps: int, temperature: float) -> tuple[list[int], list]:
+def write_by_loops(
+    model: Any, text: Text, p: PaperProtocol, steps: int, temperature: float, mask: int = MASK
+) -> tuple[list[int], list]:
     """(tokens, how many stay masked after each step), one token at a time."""
     canvas = list(text.ids)
     hole = [i for i in range(text.start, text.end) if i > 0]
     masked = set(hole)
     for i in hole:
-        canvas[i] = MASK
+        canvas[i] = mask
     left = []
     for k in range(steps):
-        table = log_probs(model, canvas, suppressed=not p.mask_may_be_drawn) / temperature
+        table = log_probs(model, canvas, suppressed=not p.mask_may_be_drawn, mask=mask) / temperature
         u = uniforms(sample_seed(p, text), k, purpose="token", n=len(canvas))
         drawn, score = {}, {}
         for i in hole:
@@ -248,6 +250,10 @@ ROC = {
     **{f"InputSentence{i}": f"Sentence {i} is here." for i in range(1, 5)}, "RandomFifthSentenceQuiz1": "Wrong end.",
     "RandomFifthSentenceQuiz2": "Right end.", "AnswerRightEnding": "2",
 }  # fmt: skip
+CODE = {
+    "task_id": "X/0/L0", "entry_point": "add", "prompt": "def add(a, b):\n", "canonical_solution": "    c = a + b\n",
+    "suffix": "    return c\n", "test": "def check(add):\n    assert add(1, 2) == 3\n",
+}  # fmt: skip
 LINES = ["the quick brown fox jumps over the lazy dog", "numbers go from left to right", "the model reveals its tokens"]
 
 
@@ -308,13 +314,39 @@ def test_pieces_are_joined_as_token_lists() -> None:
     middle = plain("Sentence 3 is here.")
     assert list(text.ids[text.start : text.end]) == middle and text.ids[0] != bos
     assert text.ids[text.end :] == tuple(plain("Sentence 4 is here. Right end."))
+    code = join().line(CODE)
+    assert code is not None and code.ids == tuple(
+        token for piece in ("def add(a, b):\n", "    c = a + b\n", "    return c\n") for token in plain(piece)
+    ), "no start token, not even the tokenizer's own, and the pieces apart"
+    assert tokenizer.decode(list(code.ids[code.start : code.end])) == "    c = a + b\n"
+    started = join(no_start=False).line(CODE)
+    assert started is not None and started.ids == (bos, *code.ids)
+
+
+def test_long_code_is_skipped_as_the_script_does() -> None:
+    """More than 1,000 tokens in all, the model's own length aside: skipped; else cut at both ends to fit."""
+    tokenizer = starting_tokenizer()
+    unit = len(tokenizer("x\n", add_special_tokens=False)["input_ids"])
+    inside = sum(len(tokenizer(CODE[k], add_special_tokens=False)["input_ids"]) for k in ("canonical_solution",))
+
+    def made(tokens: int, **changes: Any) -> Text | None:
+        lines = (tokens - inside) // unit
+        record = {**CODE, "prompt": "x\n" * (lines // 2), "suffix": "x\n" * (lines - lines // 2)}
+        return Joiner(tokenizer, PaperProtocol(**changes), 64).line(record)
+
+    assert made(1000 + unit) is None
+    for text in (made(1000), made(1000 + unit, skip_long=False), made(5000, skip_long=False)):
+        assert text is not None and len(text.ids) == 64 and text.cut > 900 and text.start > 0
+        assert tokenizer.decode(list(text.ids[text.start : text.end])) == CODE["canonical_solution"]
 
 
 def test_a_long_prompt_loses_its_front() -> None:
     text = fitted(Text(tuple(range(10)), 5, 8, "k"), 7)
     assert text == Text(tuple(range(3, 10)), 2, 5, "k", 3)
-    with pytest.raises(ValueError, match="cannot be cut to the 5"):
-        fitted(Text(tuple(range(10)), 5, 8, "k"), 5)
+    # What is left of the front is the token that predicts the first of the stretch; then the end goes.
+    assert fitted(Text(tuple(range(10)), 5, 8, "k"), 5) == Text((4, 5, 6, 7, 8), 1, 4, "k", 5)
+    with pytest.raises(ValueError, match="cannot be cut to the 3"):
+        fitted(Text(tuple(range(10)), 5, 8, "k"), 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- whole
@@ -329,7 +361,10 @@ def model(checkpoint: Path) -> Model:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Every task's file, two records each (three lines of LAMBADA)."""
-    records = {"hellaswag": HELLASWAG, "winogrande": WINOGRANDE, "piqa": PIQA, "siqa": SIQA, "roc": ROC}
+    records = {
+        "hellaswag": HELLASWAG, "winogrande": WINOGRANDE, "piqa": PIQA, "siqa": SIQA, "roc": ROC,
+        "humaneval_infilling": CODE,
+    }  # fmt: skip
     texts = {name: [json.dumps(r), json.dumps(r).replace("the", "The")] for name, r in records.items()}
     texts["lambada"] = LINES
     for name, lines in texts.items():
@@ -342,7 +377,7 @@ def folder(tmp_path: Path) -> Path:
 def test_every_task_from_local_files(model: Model, folder: Path) -> None:
     pytest.importorskip("rouge_score", reason="needs the extra eval")
     rules = PaperProtocol(rates=4)
-    report = evaluate(model, paper_tasks.ORDER, folder, rules)
+    report = evaluate(model, paper_tasks.ORDER, folder, rules, execute=True)
     assert [row["task"] for row in report["tasks"]] == list(paper_tasks.ORDER)
     by = {row["task"]: row for row in report["tasks"]}
     assert by["lambada"]["documents"] == 3 and by["piqa"]["documents"] == 2
@@ -357,8 +392,48 @@ def test_every_task_from_local_files(model: Model, folder: Path) -> None:
     assert by["piqa"]["figures"]["acc"]["value"] == hits / 2
     page = markdown("paper", drawn(paper.blocks(report)))
     assert "could not be checked without" in page.replace("\\", "") and "double" in page
-    assert paper.summary(report)[0].row_count == 8
+    assert paper.summary(report)[0].row_count == 9 and "no security boundary" in page
     json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize("switches", [{}, {"rerank": False}, {"mask_by_id": False, "mask_may_be_drawn": False}])
+def test_code_is_filled_as_by_plain_loops(
+    model: Model, folder: Path, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sampler B writes into every line, in 4 steps at 0.95, by loops over tokens; it is that which is run."""
+    run: list[str] = []
+
+    def passed(program: str, store: Any) -> bool:
+        run.append(program)
+        return len(run) == 1
+
+    monkeypatch.setattr(paper, "passed", passed)
+    rules = PaperProtocol(rates=4, seed=2, **switches)
+    (row,) = evaluate(model, ["humaneval_infilling"], folder, rules, execute=True)["tasks"]
+    assert row["figures"]["pass@1"]["value"] == 0.5 and row["left_out"] == 0 and row["steps"] == 4
+    mask, join = model.process.mask_token_id, Joiner(model.tokenizer, rules, 64)
+    for program, record in zip(run, (CODE, json.loads(json.dumps(CODE).replace("the", "The"))), strict=True):
+        text = join.line(record)
+        assert text is not None
+        ids, _ = write_by_loops(model.denoiser.model, text, rules, 4, 0.95, mask)
+        line = model.tokenizer.decode(ids)
+        assert program == f"def add(a, b):\n{line}    return c\n\n{CODE['test']}\ncheck(add)\n"
+
+
+def test_true_lines_pass_and_steps_leak_into_code(model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def truth(d: Any, layout: Any, mask: int, texts: list[Text], p: PaperProtocol, **how: Any) -> list[list[int]]:
+        asked.append((how["steps"], how["temperature"]))
+        return [list(t.ids[t.start : t.end]) for t in texts]
+
+    monkeypatch.setattr(paper, "sampler_b", truth)
+    for leaked in (False, True):
+        rules = PaperProtocol(rates=4, leaked_steps=leaked)
+        report = evaluate(model, ["humaneval_infilling", "lambada"], folder, rules, execute=True)
+        last = Joiner(model.tokenizer, rules, 64).last_word(LINES[-1])
+        assert report["tasks"][1]["figures"]["pass@1"]["value"] == 1.0, "programs with their own lines pass"
+        assert asked[-1] == ((last.end - last.start, 1.0) if leaked else (4, 0.95))
 
 
 def test_double_count_and_leaked_steps(model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,11 +467,16 @@ def test_it_goes_on_where_it_was(model: Model, folder: Path, tmp_path: Path, mon
         evaluate(model, ["piqa"], folder, PaperProtocol(rates=3, n_plus_one=False, seed=2), out=out)
 
 
-def test_bad_input(model: Model, folder: Path, parent: Path, tmp_path: Path) -> None:
+def test_bad_input(model: Model, folder: Path, parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no task 'arc'; it has lambada, hellaswag"):
         evaluate(model, ["arc"], folder)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         evaluate(model, ["piqa"], folder, limit=0)
+    with pytest.raises(ValueError, match="humaneval_infilling runs code that a model wrote; give --allow-code"):
+        evaluate(model, ["humaneval_infilling"], folder)
+    monkeypatch.setattr(paper_tasks, "LONG", 5)
+    with pytest.raises(ValueError, match="set skip_long=False"):
+        evaluate(model, ["humaneval_infilling"], folder, execute=True)
     (folder / "piqa" / "validation.jsonl.gz").unlink()
     with pytest.raises(ValueError, match="there is no file"):
         evaluate(model, ["piqa"], folder)
@@ -422,3 +502,7 @@ def test_the_verb(checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest
     assert "released scripts' arithmetic" in (tmp_path / "out" / "report.md").read_text()
     assert cli.main([*common, "--tasks", "piqa"]) == 2 and "give --data-dir" in capsys.readouterr().err
     assert cli.main([*common, "--tasks", "boolq", *local]) == 2 and "has no task 'boolq'" in capsys.readouterr().err
+    code = [*common, "--tasks", "humaneval_infilling", *local, "--json"]
+    assert cli.main(code) == 2 and "give --allow-code-execution" in capsys.readouterr().err
+    assert cli.main([*code, "--allow-code-execution"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"][0]["figures"]["pass@1"]["value"] == 0

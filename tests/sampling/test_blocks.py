@@ -30,7 +30,7 @@ from diffulm.sampling import (
     denoise,
 )
 from diffulm.sampling.denoise import regions
-from diffulm.sampling.text import completions, steps_of_a_block
+from diffulm.sampling.fill import completions, steps_of_a_block
 
 from ..families import random_model
 from ..toy import LAYOUT as OWN

@@ -20,12 +20,12 @@ from torch import Tensor
 from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Annealing, Full, Rows, visible
 from diffulm.objective import diffusion_loss
-from diffulm.runtime import Terminated
 from diffulm.train import budget as budget_module
 from diffulm.train import loop, step
 from diffulm.train.budget import TIMED_MICRO, WARM_UP_MICRO, Budget, find_budget, plan_budget
 from diffulm.train.config import TrainConfig
 from diffulm.train.flops import Shape, Work, flops_per_token
+from diffulm.train.group import Terminated
 from diffulm.train.loop import Progress
 from diffulm.train.metrics import Metrics, _peak_by_name, read_metrics, throughput
 from diffulm.train.optim import WSD_DECAY, build_optimizers, learning_rate

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-from diffulm import runtime
 from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Annealing
 from diffulm.train.budget import Budget, find_budget, plan_budget
 from diffulm.train.checkpoint import full_model_state, latest, restore
 from diffulm.train.config import TrainConfig
+from diffulm.train.group import Terminated, process_group, rank_and_world
 from diffulm.train.loop import Progress
 from diffulm.train.metrics import read_metrics
 from diffulm.train.optim import build_optimizers
@@ -45,7 +45,7 @@ def job(
 
     stop: interrupted after that step. load: nothing is trained; the newest checkpoint is read and written back.
     """
-    rank, _ = runtime.rank_and_world()
+    rank, _ = rank_and_world()
     settings = {"steps": None if minutes else 5, "minutes": 0.002 if minutes else None, "micro_batch": micro}
     settings["checkpoint_minutes"] = 0.0 if stop else 9.0
     settings = replace(CONFIG, **{**settings, **config})
@@ -79,7 +79,7 @@ def job(
             out, settings, denoiser=denoiser, batches=batches, budget=budget, heldout=heldout, report=report,
             anneal_ratio=annealing.ratio,
         )  # fmt: skip
-    except runtime.Terminated:
+    except Terminated:
         save_ranks(out, {"interrupted": True})
     state = full_model_state(denoiser)
     if rank == 0:
@@ -95,23 +95,30 @@ def write_loaded(out: Path, denoiser: HFDenoiser, config: TrainConfig) -> None:
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     moments = get_optimizer_state_dict(denoiser, optimizers, options=whole).get("state", {})
     values = {f"{name}.{k}": v for name, state in moments.items() for k, v in state.items()}  # type: ignore[union-attr]
-    if runtime.rank_and_world()[0] == 0:
+    if rank_and_world()[0] == 0:
         save_file(values, out / "loaded-moments.safetensors")
     weights = full_model_state(denoiser)
-    if runtime.rank_and_world()[0] == 0:
+    if rank_and_world()[0] == 0:
         save_file(weights, out / "loaded.safetensors")
 
 
 def save_ranks(out: Path, value: Any) -> None:
-    (out / f"rank-{runtime.rank_and_world()[0]}.json").write_text(json.dumps(value))
+    (out / f"rank-{rank_and_world()[0]}.json").write_text(json.dumps(value))
 
 
 def several(processes: int, jobs: dict[Path, dict[str, Any]]) -> subprocess.CompletedProcess[str]:
     """Jobs one after the other under one torchrun; all of stdout and stderr on failure."""
+    return torchrun(
+        processes, "tests.train.test_parallel", json.dumps({str(out): options for out, options in jobs.items()})
+    )
+
+
+def torchrun(processes: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A test module as a program of several processes; AssertionError with stdout and stderr when it fails."""
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m",
-            "tests.train.test_parallel", json.dumps({str(out): options for out, options in jobs.items()}),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "-m", module, *arguments,
         ],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -321,7 +328,7 @@ def test_recomputing_keeps_less_and_changes_no_bit(tmp_path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    with runtime.process_group():
+    with process_group():
         for out, options in json.loads(arguments[0]).items():
             job(Path(out), **options)
 

@@ -78,6 +78,23 @@ def test_operations_are_those_that_torch_counts(family: str, kind: str) -> None:
     assert flops_per_token(shape, work) * L * B == pytest.approx(shape.train(B * R, B * R * R, N), rel=0.02)
 
 
+def test_frozen_weights_cost_a_product_less() -> None:
+    """As with a LoRA: gradients pass through every layer to the embedding, and stop at no weight."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config("llama", vocab=200, tie_word_embeddings=False)
+    config._attn_implementation = "eager"  # torch does not count the CPU's fused attention
+    model = hub.skeleton(config).train().requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    rows = some_rows(Work(32, 32, 32**2, 16), 3)
+    with FlopCounterMode(display=False) as counter:
+        diffusion_loss(HFDenoiser(model, None), rows).sum.backward()
+    shape, sizes = Shape.of(model), (3 * 32, 3 * 32**2, len(rows.source))
+    again = shape.executed(*sizes) - shape.train(*sizes)  # the head's logits
+    assert counter.get_total_flops() - again == pytest.approx(shape.train(*sizes, frozen=True), rel=1e-3)
+    assert shape.train(*sizes, frozen=True) < 0.8 * shape.train(*sizes)
+
+
 def test_experts_count_as_often_as_they_are_asked() -> None:
     import transformers as tf
 

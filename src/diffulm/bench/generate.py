@@ -18,7 +18,7 @@ from .. import hub, runtime
 from ..denoiser import HFDenoiser
 from ..eval.evaluate import versions
 from ..sampling import Draw, policy_from_name
-from ..sampling.text import given_ids
+from ..sampling.fill import given_ids
 from ..tokenizer import decode, encode, fingerprint, special_tokens
 from .meter import Meter, measured
 from .modes import GROUPS, Job, Mode, modes

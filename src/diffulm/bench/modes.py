@@ -17,9 +17,10 @@ from torch import Tensor
 from ..denoiser import HFDenoiser
 from ..hub import Model
 from ..layout import Block
-from ..sampling import Canvas, Draw, EndOfText, denoise, policy_from_name
+from ..sampling import Canvas, Draw, EndOfText
 from ..sampling.caches import BLOCK
-from ..sampling.text import caching_from_name, steps_of_a_block
+from ..sampling.fill import completions, seeds_of, unmask
+from ..tokenizer import special_tokens
 from .baselines import generate_cached, sample_random_order, sample_top_k
 from .meter import Meter
 
@@ -92,25 +93,22 @@ def ours(
     model: Model, draw: Draw, policy: str, *, block: int | None = None, cache: str | None = "none", settle: bool = False
 ) -> Run:
     """The denoising loop with as many steps as tokens. cache None: not even the exact one of a block checkpoint."""
-    rule = policy_from_name(policy)
 
     def run(job: Job, meter: Meter) -> Tensor:
         if settle and not job.ends:
             raise ValueError("nothing ends early when every mode writes all tokens; give --no-to-length")
-        canvas, P = job.canvas(model.process.mask_token_id), job.prompts_BP.shape[1]
+        special, P = special_tokens(model.tokenizer), job.prompts_BP.shape[1]
+        limit = int(model.config["trained_length"])
+        canvas = completions(job.prompts_BP[:, 1:].tolist(), job.tokens, special, model.layout, limit).to(model.device)
         ids_BL = canvas.ids
-        for step in denoise(
-            model.denoiser, model.process, canvas,
-            steps=steps_of_a_block(canvas, model.layout, block, job.tokens), policy=rule, draw=draw,
-            layout=model.layout, block=block,
-            cache=None if cache is None else caching_from_name(cache, model.denoiser, model.layout),
-            seeds=[job.seed * 1_000_003 + b for b in range(len(ids_BL))],
-            end=EndOfText(job.ends, settle) if job.ends else None,
+        for step in unmask(
+            model, canvas, steps=job.tokens, tokens=job.tokens, policy=policy, draw=draw, block=block, cache=cache,
+            seeds=seeds_of(job.seed, len(ids_BL)), end=EndOfText(job.ends, settle) if job.ends else None,
         ):  # fmt: skip
             ids_BL = step.ids
             if math.isnan(meter.first) and bool((step.committed_upto > P).all()):
                 meter.stands()
-        return ids_BL[:, P:]
+        return ids_BL[:, P : P + job.tokens]
 
     return run
 

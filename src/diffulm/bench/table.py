@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rich.table import Table as Terminal
 from rich.text import Text
 
-from ..eval.page import Block, Curve, Plot, Prose, Table, drawn, markdown, page
+from ..eval.page import Block, Curve, Plot, Prose, Table, keep
 from ..runtime import write_atomic
 from ..sampling.caches import BLOCK
 
@@ -28,11 +27,7 @@ LOOKS = {
 
 def write(report: Mapping[str, Any], out: Path) -> None:
     """report.json, report.md, report.html and an SVG for each plot in a folder, each whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    title, parts = f"diffulm bench generate: {report['model']['name']}", drawn(list(blocks(report)))
-    write_atomic(out / "report.md", markdown(title, parts))
-    write_atomic(out / "report.html", page(title, parts))
+    parts = keep(report, f"diffulm bench generate: {report['model']['name']}", list(blocks(report)), out)
     plots = [part for part in parts if isinstance(part, Plot)]
     for part, entry in zip(plots, (c for c in report["cells"] if pareto(c) is not None), strict=False):
         write_atomic(out / f"pareto-batch-{entry['batch']}-tokens-{entry['length']}.svg", part.svg + "\n")

@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verb = arguments[0]
     try:
-        tyro.cli(VERBS[verb], prog=f"diffulm {verb}", args=arguments[1:])
+        # What verbs share stands in dataclasses (flags.py): a box of the help each, their flags without a prefix.
+        tyro.cli(VERBS[verb], prog=f"diffulm {verb}", args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
         return int(error.code or 0) if isinstance(error.code, int) or error.code is None else 2
     except ValueError as error:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import tyro
 
-from .flags import Reference, print_json
+from .flags import Reference, command_line, finish
 
 What: TypeAlias = Annotated[Literal["generate"], tyro.conf.Positional]
 
@@ -86,19 +84,11 @@ def bench(
     notes = Console(stderr=True, highlight=False)
     report = job(
         model, plan, parent=parent, device=device, dtype=dtype, offline=offline,
-        command="diffulm " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
-        say=lambda line: notes.print(line, markup=False, soft_wrap=True),
+        command=command_line(), say=lambda line: notes.print(line, markup=False, soft_wrap=True),
     )  # fmt: skip
     if out is not None:
         write(report, out)
-    if json:
-        print_json(report)
-        return
-    console = Console(highlight=False)
-    for part in summary(report):
-        console.print(part, markup=False)
-    if out is not None:
-        console.print(f"report: {out / 'report.html'}", markup=False, soft_wrap=True)
+    finish(report, summary(report), out, as_json=json)
 
 
 def split(words: Sequence[str]) -> list[str]:

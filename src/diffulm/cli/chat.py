@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from .flags import PolicyName, Reference, Watching, print_json
+from .flags import Drawing, Opening, Reference, Watching, print_json
 
 HELP = """\
 /infill OLD => N    write the text OLD inside the last answer again, in N tokens (auto: as many as fit best)
@@ -15,18 +16,21 @@ HELP = """\
 A message that begins with a slash is written with two."""
 
 
+@dataclass(frozen=True)
+class Answering(Drawing):
+    """How the tokens of an answer are drawn.
+
+    Args:
+        steps: Forward passes of an answer at most (default: one per token).
+    """
+
+
 def chat(
     model: Reference,
     /,
     *,
     system: str = "",
     max_tokens: int | None = None,
-    steps: int | None = None,
-    policy: PolicyName = "confidence",
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
     prefix: str = "",
     suffix: str = "",
     must: tuple[str, ...] = (),
@@ -35,11 +39,9 @@ def chat(
     chat_template: str | None = None,
     plain_template: bool = False,
     watch: bool = False,
-    adapter: str | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    offline: bool = False,
     json: bool = False,
+    drawing: Answering,
+    opening: Opening,
 ) -> None:
     """Talk with a diffusion model; one message a line, answers stream as they become final.
 
@@ -51,13 +53,6 @@ def chat(
         model: Diffusion checkpoint: a folder or Hub id.
         system: System message.
         max_tokens: Room for an answer (default: 128, at most half the trained length).
-        steps: Forward passes of an answer at most (default: one per token).
-        policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:leftmost,
-            factor:F, entropy-bound:GAMMA, remask:ETA or remask:ETA:rescale (numbers may be left out).
-        temperature: 0 is greedy.
-        top_k: Draw among the k most probable tokens.
-        top_p: Draw among the most probable tokens that hold this much probability.
-        seed: Seed of all draws.
         prefix: Text with which every answer begins.
         suffix: Text with which every answer ends (full attention).
         must: Words that every answer holds; they are put where the model finds them likeliest (full attention).
@@ -67,21 +62,16 @@ def chat(
         chat_template: Jinja file to use instead of the tokenizer's chat template.
         plain_template: Use a plain template (User:, Assistant:) where the tokenizer has none.
         watch: Show the denoising (on stderr).
-        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
-        device: cpu, cuda or mps.
-        dtype: auto, float32, bfloat16 or autocast.
-        offline: Never ask the Hub.
         json: Print every answer as one line of JSON.
     """
-    from ..hub import load
     from ..sampling.chat import Chat
     from ..template import use_template
 
-    loaded = load(model, device=device, dtype=dtype, adapter=adapter, offline=offline)
+    loaded = opening.open(model)
     use_template(loaded.tokenizer, chat_template, plain=plain_template)
     session = Chat(
-        loaded, system=system, max_tokens=max_tokens, steps=steps, policy=policy, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, prefix=prefix, suffix=suffix, must=must, must_not=must_not, length=length,
+        loaded, system=system, max_tokens=max_tokens, prefix=prefix, suffix=suffix, must=must, must_not=must_not,
+        length=length, **drawing.arguments(),
     )  # fmt: skip
     talk(session, watch=watch, as_json=json)
 

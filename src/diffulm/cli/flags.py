@@ -1,16 +1,22 @@
-"""What the verbs share: names of their arguments, recipes by name, JSON on stdout, the view of `--watch`."""
+"""What the verbs share: flags, recipes by name, what is printed at the end, the view of `--watch`."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
 from ..train.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from ..hub import Model
 
 Reference: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 PromptText: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
@@ -18,6 +24,59 @@ RecipeName: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metav
 OutFolder: TypeAlias = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Texts: TypeAlias = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
 PolicyName: TypeAlias = Annotated[str, tyro.conf.arg(metavar="POLICY")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn.
+
+    Args:
+        steps: Forward passes at most (default: one per token).
+        policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:leftmost,
+            factor:F, entropy-bound:GAMMA, remask:ETA or remask:ETA:rescale (numbers may be left out).
+        temperature: 0 is greedy.
+        top_k: Draw among the k most probable tokens.
+        top_p: Draw among the most probable tokens that hold this much probability.
+        seed: Seed of all draws.
+    """
+
+    steps: int | None = None
+    policy: PolicyName = "confidence"
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate`, `infill` and `Chat`."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """How the model is opened.
+
+    Args:
+        adapter: LoRA in peft's format to merge into the model: a folder or Hub id.
+        device: cpu, cuda or mps.
+        dtype: auto, float32, bfloat16 or autocast.
+        offline: Never ask the Hub.
+    """
+
+    adapter: str | None = None
+    device: str | None = None
+    dtype: str = "auto"
+    offline: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """For `load`, and for a job that opens the model itself."""
+        return dataclasses.asdict(self)
+
+    def open(self, reference: str) -> Model:
+        """The model by folder or Hub id."""
+        from ..hub import load
+
+        return load(reference, **self.arguments())
 
 
 def find_recipe(name: str) -> Recipe:
@@ -33,9 +92,33 @@ def find_recipe(name: str) -> Recipe:
     )
 
 
+def command_line() -> str:
+    """The command as it was given, quoted for a shell: a report says how it was made."""
+    return f"diffulm {shlex.join(sys.argv[1:])}"
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, ensure_ascii=False))
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a lone surrogate, or a narrow terminal: escapes say the same
+        text = json.dumps(value)
+    print(text)
+
+
+def finish(report: Any, parts: Iterable[Any], out: Path | None, *, as_json: bool, more: str = "") -> None:
+    """The end of a verb that reports: the report as JSON, or its sentences and tables and where its page lies."""
+    if as_json:
+        print_json(report)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part, markup=False)
+    if out is not None:
+        console.print(f"report: {out / 'report.html'}{more}", markup=False, soft_wrap=True)
 
 
 class Watching:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from ..train.config import Recipe, SourceConfig
-from .flags import OutFolder, RecipeName, Reference, Texts, find_recipe, print_json
+from .flags import OutFolder, RecipeName, Reference, Texts, command_line, find_recipe, finish, print_json
 
 
 def adapt(
@@ -94,31 +91,25 @@ def run_adapt(recipe: Recipe, out: Path, *, control: bool, device: str | None, o
             console.print(line, soft_wrap=True)
             last[arm] = p.step
 
-    command = "diffulm " + " ".join(shlex.quote(a) for a in sys.argv[1:])
+    shown: Any
     common: dict[str, Any] = {
-        "command": command, "offline": offline, "device": device, "on_step": on_step,
+        "command": command_line(), "offline": offline, "device": device, "on_step": on_step,
         "say": lambda s: console.print(s, markup=False, soft_wrap=True),
     }  # fmt: skip
     if recipe.task == "sft":
-        from ..answers import summary as lines
+        from .. import answers
         from ..sft import sft
 
         report = sft(recipe, out, **common)
+        shown, result = answers.summary(report), f"result: {report['model']}"
     else:
         from ..adapt import adapt as job
         from ..eval.report import summary
 
         report = job(recipe, out, control=control, **common)
-    if not first:
-        return
-    if as_json:
-        print(json.dumps(report))
-    elif recipe.task == "sft":
-        console.print(lines(report), markup=False)
-        console.print(f"report: {out / 'report.md'}   result: {report['model']}", markup=False, soft_wrap=True)
-    else:
-        console.print(summary(report))
-        console.print(f"report: {out / 'report.html'}   model: {out / 'model'}", markup=False)
+        shown, result = summary(report), f"model: {out / 'model'}"
+    if first:
+        finish(report, [shown], out, as_json=as_json, more=f"   {result}")
 
 
 def convert(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +118,9 @@ class Conversations:
 
     Several samples share a sequence, kept apart by a document mask. `answers` tokens of each sample are its answer,
     `extra` the EOS behind them; `skipped` and `truncated` count what did not fit.
+
+    With eos_weight 1 the loss of training is the bound per token. With another it is a weighted mean over tokens:
+    `weights` has mean 1 over all of them, so that sum / count remains a mean, and gradients keep their size.
     """
 
     source: Answers
@@ -147,7 +151,8 @@ class Conversations:
 
         Args:
             eos_padding: EOS tokens behind the answer's end: see the module.
-            eos_weight: weight of these in the loss; below 1 the model comes to think that answers are longer.
+            eos_weight: weight of these in the loss, beside 1 for the answer and its end; below 1 the model comes to
+                think that answers are longer.
             too_long: what does not fit its window with its context is left out, or loses its end.
             truncate_share: share of the answers that are cut at a length drawn from 1..n, without an end: a canvas may
                 be too short, and is then to be filled without haste.
@@ -214,13 +219,19 @@ class Conversations:
             maskable &= ids != self.special.mask  # natural occurrences of a reused mask token
         return ids, maskable, document, valid
 
+    @cached_property
+    def mean_weight(self) -> float:
+        """Mean over the tokens of all samples of 1 for the answer, `eos_weight` for the EOS behind it."""
+        answer, behind = int(self.answers.sum()), int(self.extra.sum())
+        return (answer + self.eos_weight * behind) / (answer + behind)
+
     def weights(self, index: int) -> NDArray[np.float32] | None:
-        """Factor of each token's weight in the loss, float32 (length,); None where all are 1."""
+        """Factor of each token's weight in the loss, float32 (length,), over the mean; None where all are 1."""
         if self.eos_weight == 1:
             return None
-        out = np.ones(self.length, dtype=np.float32)
+        out = np.full(self.length, 1 / self.mean_weight, dtype=np.float32)
         for _, _, behind, end in self._places(index):
-            out[behind:end] = self.eos_weight
+            out[behind:end] = self.eos_weight / self.mean_weight
         return out
 
     def _places(self, index: int) -> list[tuple[int, int, int, int]]:

@@ -5,7 +5,7 @@ The format is told by the keys of a row, and one file has one format:
     messages     {"messages": [{"role": "user", "content": "..."}, ...]}
     sharegpt     {"conversations": [{"from": "human", "value": "..."}, ...]}, optionally "system"
     alpaca       {"instruction": "...", "input": "..." (optional), "output": "..."}
-    pairs        {"prompt": "...", "response": "..."}; also prompt/completion and question/answer
+    pairs        {"prompt": "...", "response": "..."}; also prompt/completion, question/answer and input/output
 """
 
 from __future__ import annotations
@@ -15,26 +15,25 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..runtime import log
 from ..template import Message, check_messages
-from .files import walk
-from .sources import Source, _hub_stream, is_stream
+from .sources import Source, open_parts
 
 _SHAREGPT_ROLES = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "system": "system",
 }  # fmt: skip
-_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("input", "output"))
 KNOWN = (
     "messages (role, content) | conversations (from, value) | instruction, output (and input) | "
     + " | ".join(", ".join(pair) for pair in _PAIRS)
 )  # fmt: skip
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _DIGEST_BITS = 64
 
 
@@ -154,30 +153,14 @@ def read_conversations(source: Source, *, heldout_fraction: float = 0.0, skip_ba
 
 def _rows(source: Source) -> Iterator[tuple[str, Any]]:
     """(place, row) of every row of a source; what is no JSON is handed on as its ValueError, to be counted."""
-    for reference in (source.path, *source.more):
-        path = Path(reference)
-        if is_stream(reference):
-            stream = _hub_stream(replace(source, path=reference))
-            yield from ((f"{reference}, row {number}", row) for number, row in enumerate(stream))
-            continue
-        files = [file for _, file in walk(path, _SUFFIXES)] if path.is_dir() else [path]
-        if not files or not files[0].name.lower().endswith(_SUFFIXES):
-            raise ValueError(f"source {source.name!r}: {reference} is or holds none of {', '.join(_SUFFIXES)}")
-        for file in files:
-            yield from _file_rows(file)
+    for name, part in open_parts(source, _SUFFIXES):
+        if isinstance(part, Path):
+            yield from _file_rows(part)
+        else:
+            yield from ((f"{name}, row {number}", row) for number, row in enumerate(part))
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix.lower() == ".parquet":
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            rows = (row for batch in ParquetFile(path).iter_batches(1024) for row in batch.to_pylist())
-            yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows))
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} cannot be read as parquet ({error}); repair it or take it out") from error
-        return
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             if path.name.lower().removesuffix(".gz").endswith(".jsonl"):

@@ -12,7 +12,7 @@ import itertools
 import json
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,23 +226,34 @@ def open_source(source: Source, cache: Path) -> Callable[[], Iterator[Document]]
     return lambda: _limited(source, read)
 
 
-def open_parts(
-    source: Source, cache: Path, suffixes: tuple[str, ...]
-) -> Iterator[tuple[str, Path | Iterable[dict[str, Any]]]]:
-    """(name, file) of every file of a source with one of `suffixes`, (name, rows) of its tables and Hub datasets.
+def open_parts(source: Source, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path | Iterator[dict[str, Any]]]]:
+    """For rows that are more than one text: (name, file) of every file of a source with one of `suffixes`, (name, rows)
+    of its parquet tables and Hub datasets, which are read as they go.
 
-    For rows that are more than one text. ValueError: no such source.
+    ValueError: no such source; a damaged table, when its rows are read.
     """
-    for name in (source.path, *source.more):
-        path = Path(name)
-        if is_stream(name):
-            yield name, _hub_stream(replace(source, path=name, more=()))
+    known = (*suffixes, ".parquet")
+    for reference in (source.path, *source.more):
+        if is_stream(reference):
+            yield reference, iter(_hub_stream(replace(source, path=reference, more=())))
             continue
-        files = walk(path, (*suffixes, ".parquet")) if path.is_dir() else [(path.name, path)]
-        if not files or not (path.is_dir() or path.name.lower().endswith((*suffixes, ".parquet"))):
-            raise ValueError(f"source {source.name!r}: {path} is or holds none of {', '.join(suffixes)}, .parquet")
-        for key, file in files:
-            yield key, _open_parquet(file, cache) if key.lower().endswith(".parquet") else file
+        path = Path(reference)
+        files = [file for _, file in walk(path, known)] if path.is_dir() else [path]
+        if not files or not files[0].name.lower().endswith(known):
+            raise ValueError(f"source {source.name!r}: {reference} is or holds none of {', '.join(known)}")
+        for file in files:
+            yield str(file), _parquet_rows(file) if file.suffix.lower() == ".parquet" else file
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        for batch in ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); repair it or take it out") from error
 
 
 def _open_parquet(path: Path, cache: Path) -> Dataset:

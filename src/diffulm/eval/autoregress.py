@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from .. import hub
 from ..denoiser import Cache, HFDenoiser
 from ..layout import Causal
 from ..rows import Held
 from ..runtime import uniforms
 from ..sampling import Draw
+from ..tokenizer import decode, encode, special_tokens
 
 #: finished(sample, its new tokens): nothing after them is wanted.
 Finished = Callable[[int, list[int]], bool]
@@ -69,3 +72,23 @@ def _keep(cache: Cache, samples: Sequence[int], device: torch.device | str) -> N
         fields = (getattr(cache.held, name)[chosen] for name in ("position", "stream", "block", "document", "valid"))
         cache.held = Held(*fields)
         cache.keys_and_values.batch_select_indices(chosen)
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> str:
+    """The parent's most probable continuation, token by token, through transformers."""
+    special = special_tokens(tokenizer)
+    ids = torch.tensor([[special.bos, *encode(tokenizer, prompt)]], device=model.device)
+    with hub.quiet_transformers():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            pad_token_id=special.pad,
+        )
+    new = out[0, ids.shape[1] :].tolist()
+    for end in (special.eos, special.bos):
+        if end in new:
+            new = new[: new.index(end)]
+    return decode(tokenizer, new)

@@ -21,6 +21,7 @@ import torch
 from ..layout import Block, Causal, Denoiser, NoisedBatch, Rows
 from ..process import MaskedDiffusion
 from ..runtime import generator
+from ..sampling.guidance import EverySample, Guided, forwards_of_a_step
 from ..tokenizer import SpecialTokens
 from .masks import Option, Score, Tally, contenders, enumerable, paired_masks, plan_masks
 
@@ -63,6 +64,8 @@ class Scorer:
             (0.99, say). None: all draws for every option. Stopping where it looks decided biases a score slightly: use
             it for accuracies.
         skip: a reused mask token, whose natural occurrences are not scored.
+        guidance: scale of classifier-free guidance by the context (sampling/guidance.py), full attention only; None:
+            none. A guided score ranks options; it bounds no likelihood, and costs two forwards.
     """
 
     denoiser: Denoiser
@@ -75,6 +78,7 @@ class Scorer:
     budget: int = 4096
     confidence: float | None = None
     skip: int | None = None
+    guidance: float | None = None
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
@@ -84,6 +88,8 @@ class Scorer:
             raise ValueError(f"confidence must lie between 0.5 and 1, not {self.confidence}")
         if (self.process is None) != isinstance(self.layout, Causal):
             raise ValueError("a model without a process is an autoregressive parent: give it the layout Causal")
+        if self.guidance is not None:
+            EverySample().check(self.layout)
 
     def scores(self, questions: Sequence[tuple[str, Sequence[Request]]]) -> list[list[Score]]:
         """Scores of the options of each (name, options); the name seeds the noise that its options share.
@@ -137,7 +143,8 @@ class Scorer:
         size = self.layout.size if isinstance(self.layout, Block) else len(ids)
         parts = [np.array(list(part)) for _, part in itertools.groupby(places, key=lambda i: i // size)]
         return Option(
-            ids, parts, cut, wanted - len(places), request.size or 1.0, [Tally(len(part)) for part in parts]
+            ids, parts, cut, wanted - len(places), request.size or 1.0, [Tally(len(part)) for part in parts],
+            start=len(context),
         )  # fmt: skip
 
     def _total(self, turn: int) -> int:
@@ -169,7 +176,7 @@ class Scorer:
         return generator(self.seed, key, turn, segment, purpose="eval")
 
     def _settle(self, one: Round, *, first: bool) -> None:
-        one.option.forwards += len(one.nats)
+        one.option.forwards += len(one.nats) * forwards_of_a_step(self.guidance)
         for s, (tally, masks) in enumerate(zip(one.option.tallies, one.masks, strict=True)):
             if self.process is None:
                 tally.known, tally.enumerated = float(one.nats[0, s]), True
@@ -191,8 +198,9 @@ class Scorer:
                 np.concatenate([np.full(k[m].sum(), s) for s, k in enumerate(o.masks) if m < len(k)]) for o, m in part
             ]
             rows = self._rows([one.option.ids for one, _ in part], noised)
+            denoiser = self._guided([one.option for one, _ in part], rows)
             with torch.no_grad():
-                nll = self.denoiser.nll(rows.to(self.device)).cpu().double().numpy()
+                nll = denoiser.nll(rows.to(self.device)).cpu().double().numpy()
             ends = np.cumsum([len(x) for x in noised])
             for (one, m), values, where in zip(part, np.split(nll, ends[:-1]), segment, strict=True):
                 np.add.at(one.nats[m], where, values)
@@ -217,6 +225,16 @@ class Scorer:
         rows: Rows = layout.training_rows(batch)
         return rows
 
+    def _guided(self, options: Sequence[Option], rows: Rows) -> Denoiser:
+        """The denoiser, guided by each option's context (the start token is never masked) where a scale says so."""
+        given_BL = torch.zeros(rows.ids.shape, dtype=torch.bool)
+        for b, option in enumerate(options):
+            given_BL[b, 1 : option.start] = True
+        # Without any context the guided law is the plain one.
+        if self.guidance is None or self.process is None or not bool(given_BL.any()):
+            return self.denoiser
+        return Guided(self.denoiser, self.guidance, self.process.mask_token_id, given_BL.to(self.device))
+
     def greedy(self, requests: Sequence[Request]) -> list[bool]:
         """Whether the model, told the number of tokens, would write exactly the continuation.
 
@@ -240,8 +258,9 @@ class Scorer:
         places = [np.array(segments[i][0]) for i in part]
         # Masks are set where later segments are still unknown, too: no block sees a later one.
         rows = self._rows([options[i].ids for i in part], places)
+        denoiser = self._guided([options[i] for i in part], rows)
         with torch.no_grad():
-            logits = self.denoiser(rows.to(self.device)).float().cpu()
+            logits = denoiser(rows.to(self.device)).float().cpu()
         best, token = logits.log_softmax(-1).max(-1)
         right = token == rows.target
         ends = np.cumsum([len(p) for p in places])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, hub, runtime
+from ..runtime import log
 from . import generated, harness
 from .compare import by_draws, paired_texts, published, task_figures, text_figures, undecided
 from .generate import How, Writer
@@ -30,7 +31,8 @@ DRAWS, WINDOW_DRAWS = 128, 8
 @dataclass(frozen=True)
 class Plan:
     """What is to be measured, the same for both models. `folder`: local files; None takes tasks from the Hub. fewshot:
-    None is each task's own: none where likelihoods are compared, `Generation.shots` where a model writes."""
+    None is each task's own: none where likelihoods are compared, `Generation.shots` where a model writes. guidance:
+    scale of classifier-free guidance by the context, in the scores of options alone; None: none."""
 
     names: tuple[str, ...]
     folder: Path | None = None
@@ -40,6 +42,7 @@ class Plan:
     fewshot: int | None = None
     chat: bool = False
     confidence: float | None = None
+    guidance: float | None = None
     how: How = field(default_factory=How)
 
     def __post_init__(self) -> None:
@@ -100,15 +103,21 @@ def evaluate(
     store = Store(None if out is None else out / "scores.jsonl")
     began = time.perf_counter()
     loaded = hub.load(model, device=device, dtype=dtype, adapter=adapter, offline=offline)
-    scorer = diffusion_scorer(loaded, draws=plan.draws or DRAWS, seed=plan.seed, confidence=plan.confidence)
+    scorer = diffusion_scorer(
+        loaded, draws=plan.draws or DRAWS, seed=plan.seed, confidence=plan.confidence, guidance=plan.guidance
+    )
     child = Rater(scorer, loaded.tokenizer, "model", store, plan.chat, on_progress)
     writer = Writer(child, plan.how, loaded)
     asked = {name: generated.prompts(one, writer, plan.limit, chat=plan.chat) for name, one in to_write.items()}
-    mine = measure(writer, plan, built, texts, asked, say)
+    kept = {name: generated.givable(GENERATION[name], items, writer) for name, items in asked.items()}
+    left_out = warned({name: len(asked[name]) - len(items) for name, items in kept.items()})
+    mine = measure(writer, plan, built, texts, kept, say)
     theirs = None
     if parent is not None:
         above = parent_rater(parent, child, offline=offline)
-        theirs = measure(Writer(above, plan.how), plan, build(plan), texts, asked, say)
+        theirs = measure(Writer(above, plan.how), plan, build(plan), texts, kept, say)
+    left_out |= warned(leave_out(mine, theirs))
+    guided = {} if plan.guidance is None else {"guidance": plan.guidance}
     report = {
         "model": {"name": model, "kind": "NELBO", **loaded.config},
         "parent": None if parent is None else {"name": parent, "kind": "exact"},
@@ -117,11 +126,12 @@ def evaluate(
             "fewshot": plan.fewshot or 0, "limit": plan.limit, "chat_template": plan.chat,
             "confidence": plan.confidence, "data": "local files" if plan.folder else "Hub",
             "dtype": str(loaded.denoiser.precision), "length": scorer.length,
-        } | ({"writing": asdict(plan.how)} if to_write else {}),
-        "tasks": [task_report(name, mine, theirs, plan.seed, model, parent) for name in mine.tasks],
+        } | guided | ({"writing": asdict(plan.how)} if to_write else {}),
+        "tasks": [task_report(name, mine, theirs, plan.seed, model, parent, left_out[name]) for name in mine.tasks],
         "generation": [
             generated.report(
-                to_write[name], mine.written[name], theirs.written[name] if theirs else None, writer, model, parent
+                to_write[name], mine.written[name], theirs.written[name] if theirs else None, writer, model, parent,
+                left_out[name],
             )
             for name in mine.written
         ],
@@ -169,8 +179,31 @@ def measure(
     return done
 
 
+def leave_out(mine: Measured, theirs: Measured | None) -> dict[str, int]:
+    """Take documents that have no scores (`harness.Document`) from both sides; how many, by task. ValueError where none
+    is left."""
+    counts = {}
+    for name, documents in mine.tasks.items():
+        kept = [d for d in documents if d.scores]
+        if not kept:
+            raise ValueError(f"every question of {name} has an option that is the mask token alone; leave the task out")
+        mine.tasks[name], counts[name] = kept, len(documents) - len(kept)
+        if theirs is not None:
+            ids = {d.id for d in kept}
+            theirs.tasks[name] = [d for d in theirs.tasks[name] if d.id in ids]
+    return counts
+
+
+def warned(left_out: dict[str, int]) -> dict[str, int]:
+    """Documents left out, by task, said aloud."""
+    for name, count in left_out.items():
+        if count:
+            log.warning("%s: left out on both sides because of the mask token: %d documents", name, count)
+    return left_out
+
+
 def task_report(
-    name: str, mine: Measured, theirs: Measured | None, seed: int, model: str, parent: str | None
+    name: str, mine: Measured, theirs: Measured | None, seed: int, model: str, parent: str | None, left_out: int
 ) -> dict[str, Any]:
     """One task as the report holds it."""
     documents = mine.tasks[name]
@@ -179,7 +212,8 @@ def task_report(
     return {
         "task": name,
         "metric": TASKS[name].metric,
-        "remark": TASKS[name].remark,
+        "remark": generated.with_left_out(TASKS[name].remark, left_out),
+        "left_out": left_out,
         "documents": len(documents),
         "figures": task_figures({d.id: d.metrics for d in documents}, other, seed=seed),
         "by_draws": by_draws(documents, TASKS[name].metric),

@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .store import Store, content_key
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -82,6 +84,24 @@ exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
 sys.stdout.flush()
 sys.__stderr__.write("\\n" + word)
 """
+
+
+def check_allowed(name: str, allowed: bool) -> None:
+    """ValueError unless the user has allowed the code of a task to be run."""
+    if not allowed:
+        raise ValueError(
+            f"{name} runs code that a model wrote; give --allow-code-execution where that can do no harm (a container "
+            "without secrets), or leave it out"
+        )
+
+
+def passed(program: str, store: Store) -> bool:
+    """Whether a program ran to its end; it is run once, and its end is kept."""
+    key = content_key("run", program)
+    if store.get(key) is None:
+        outcome = run(program)
+        store.put({key: {"how": outcome.how, "said": outcome.said[-300:]}})
+    return bool(store.get(key)["how"] == "passed")
 
 
 def run(program: str, limits: Limits | None = None) -> Outcome:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..denoiser import HFDenoiser
-from ..sampling import Draw, EndOfText, denoise, policy_from_name
-from ..sampling.text import caching_from_name, completions, steps_of_a_block
-from ..tokenizer import decode
+from ..sampling import Draw, EndOfText, policy_from_name
+from ..sampling.fill import completions, unmask
+from ..tokenizer import decode, encode, encode_after
 from .autoregress import continue_ids
 from .estimate import batches
 from .rate import Rater
@@ -97,6 +97,17 @@ class Writer:
                 f"{name} is written in {cap} tokens and the model was trained on {length} with its start token; give "
                 f"--max-tokens {max(1, length // 2)} or less"
             )
+
+    def holds_mask(self, ask: Ask) -> bool:
+        """Whether what a diffusion model would be given holds its mask token: a canvas takes that for a hole."""
+        process = self.rater.scorer.process
+        if process is None:
+            return False
+        given = self._context(ask)[0]
+        if ask.length is not None:  # what stands around a hole is read as `infill` reads it
+            tokenizer = self.rater.tokenizer
+            given = encode(tokenizer, ask.prompt.removesuffix(" ")) + encode_after(tokenizer, ask.suffix or "")
+        return process.mask_token_id in given
 
     def write(self, asks: Sequence[Ask]) -> list[Written]:
         """The text of each, from the store where it is known. ValueError for what the model cannot write."""
@@ -209,11 +220,9 @@ class Writer:
             found: list[int] = ids[b, starts[b] : min(upto, starts[b] + cap)].tolist()
             return found
 
-        for step in denoise(
-            scorer.denoiser, scorer.process, canvas, policy=policy, draw=Draw(self.how.temperature),
-            steps=steps_of_a_block(canvas, scorer.layout, None, self.how.steps or cap, cap), layout=scorer.layout,
-            cache=caching_from_name("none", scorer.denoiser, scorer.layout), seeds=[self._seed(ask) for ask in asks],
-            end=EndOfText(self.ends),
+        for step in unmask(
+            self.model, canvas, steps=self.how.steps or cap, tokens=cap, policy=policy, end=EndOfText(self.ends),
+            draw=Draw(self.how.temperature), seeds=[self._seed(ask) for ask in asks],
         ):  # fmt: skip
             ids = step.ids
             took_part, upto = step.predicted.any(1).tolist(), step.committed_upto.tolist()

@@ -10,13 +10,12 @@ from typing import Any
 
 from . import extract, infilling, packaged
 from .compare import accuracy, paired_accuracy, published
-from .execute import run
+from .execute import check_allowed, passed
 from .generate import Ask, Writer, Written
 from .generation_tasks import GENERATION, Generation
 from .harness import Document, with_template
 from .measures import pass_at_k
 from .packaged import Prompt
-from .store import content_key
 from .tasks import read_records
 
 
@@ -46,11 +45,8 @@ def build(name: str, folder: Path | None, fewshot: int | None, *, execute: bool)
     """A task by name. ValueError for files that are missing or wrong, too many shots, or code that may not be run."""
     task = GENERATION[name]
     shots = task.shots if fewshot is None else fewshot
-    if task.program is not None and not execute:
-        raise ValueError(
-            f"{name} runs code that a model wrote; give --allow-code-execution where that can do no harm (a container "
-            "without secrets), or leave it out"
-        )
+    if task.program is not None:
+        check_allowed(name, execute)
     if folder is None and not task.hub:
         raise ValueError(f"{name} is read from a local file; give --data-dir with {task.file} in it")
     if task.packaged:
@@ -86,6 +82,27 @@ def prompts(built: Built, writer: Writer, limit: int | None, *, chat: bool) -> l
     return found
 
 
+def asks_of(task: Generation, item: Prompt, writer: Writer, way: str) -> list[Ask]:
+    """What a model is asked for one document, once for each sample."""
+    if way:
+        return infilling.asks(task, item, writer, way)
+    cap = writer.how.max_tokens or task.cap
+    return [Ask(item.text, cap, item.until, k) for k in range(writer.how.samples)]
+
+
+def givable(task: Generation, items: Sequence[Prompt], writer: Writer) -> list[Prompt]:
+    """The documents whose given text does not hold the model's mask token. A reused one may occur in any text, and is
+    left out of scores on both sides (as it is of training). ValueError where no document is left."""
+    way = infilling.ways(writer)[0] if task.hole is not None else ""
+    kept = [item for item in items if not writer.holds_mask(asks_of(task, item, writer, way)[0])]
+    if items and not kept:
+        raise ValueError(
+            f"every prompt of {task.name} holds the mask token {writer.rater.tokenizer.mask_token!r}; leave the task "
+            "out, or change --fewshot"
+        )
+    return kept
+
+
 def measure(task: Generation, items: Sequence[Prompt], writer: Writer) -> Session:
     """Every document's texts and metrics with one model."""
     began, found = time.perf_counter(), Session({})
@@ -95,11 +112,7 @@ def measure(task: Generation, items: Sequence[Prompt], writer: Writer) -> Sessio
         writer.rater.label = f"{label} {way}".rstrip()
         if not way:
             writer.check(cap, task.name)
-        asks = [
-            infilling.asks(task, item, writer, way) if way else
-            [Ask(item.text, cap, item.until, k) for k in range(writer.how.samples)]
-            for item in items
-        ]  # fmt: skip
+        asks = [asks_of(task, item, writer, way) for item in items]
         written = iter(writer.write([ask for several in asks for ask in several]))
         documents = []
         for item, several in zip(items, asks, strict=True):
@@ -145,26 +158,25 @@ def judged(task: Generation, item: Prompt, written: Sequence[Written], writer: W
 
 
 def verdict(task: Generation, item: Prompt, answer: str, writer: Writer) -> bool:
-    """Whether an answer is right; a program is run once and its end is kept."""
+    """Whether an answer is right."""
     if task.program is None:
         assert task.right is not None
         return task.right(item.record, answer)
     assert writer.how.execute
-    program = task.program(item.record, answer)
-    key, store = content_key("run", program), writer.rater.store
-    if store.get(key) is None:
-        outcome = run(program)
-        store.put({key: {"how": outcome.how, "said": outcome.said[-300:]}})
-    return bool(store.get(key)["how"] == "passed")
+    return passed(task.program(item.record, answer), writer.rater.store)
 
 
 # -------------------------------------------------------------------------------------------------------- report
 
 
 def report(
-    built: Built, mine: Session, theirs: Session | None, writer: Writer, model: str, parent: str | None
-) -> dict[str, Any]:
-    """One task as the report holds it: figures by metric (and way), with the parent's and the paired comparison."""
+    built: Built, mine: Session, theirs: Session | None, writer: Writer, model: str, parent: str | None,
+    left_out: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """One task as the report holds it: figures by metric (and way), with the parent's and the paired comparison.
+
+    left_out: documents that `givable` left out.
+    """
     task = built.task
     figures: dict[str, Any] = {}
     for way in dict.fromkeys([*mine.documents, *(theirs.documents if theirs else [])]):
@@ -182,7 +194,8 @@ def report(
     return {
         "task": task.name,
         "metric": task.metric,
-        "remark": task.remark,
+        "remark": with_left_out(task.remark, left_out),
+        "left_out": left_out,
         "documents": len(next(iter(mine.documents.values()))),
         "samples": writer.how.samples,
         "shots": built.shots,
@@ -194,6 +207,12 @@ def report(
             "parent": None if parent is None else published(parent, task.name),
         },
     }
+
+
+def with_left_out(remark: str, left_out: int) -> str:
+    """A task's remark, with the documents that the mask token keeps out of the scores of both models."""
+    said = f"left out on both sides because of the mask token, which is ordinary text here: {left_out:,} documents"
+    return "; ".join(filter(None, [remark, said if left_out else ""]))
 
 
 def cost(session: Session) -> dict[str, Any]:

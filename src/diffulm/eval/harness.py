@@ -19,7 +19,7 @@ from typing import Any
 from .generate import Ask, Writer
 from .masks import Score
 from .rate import Question, Rater
-from .tasks import Record, Task, read_records, set_aside
+from .tasks import Local, Record, Task, read_records, set_aside
 
 MISSING = "evaluation needs lm-eval; pip install 'diffulm[eval]'"
 
@@ -41,6 +41,7 @@ class Records(list[Record]):
 class Document:
     """One scored document: its place in the task, its metrics, and our scores of its options or what was written.
 
+    Without scores and texts: an option is nothing but a reused mask token, and nothing can be said of the document.
     fewer: by number of draws, what the metrics would have been on average with that many masks an option.
     """
 
@@ -75,7 +76,8 @@ def build(task: Task, folder: Path | None, fewshot: int) -> list[Any]:
             config = dict(load_yaml(path))
             config.pop("tag", None)
             if records is not None:
-                _localise(config, task, records, fewshot)
+                localise(config, task, *_parts(config, task, records, fewshot), fewshot)
+                config.update(task.changes)
             try:
                 built.append(ConfigurableTask(config=config))
             except Exception as error:  # datasets, requests and the Hub client have their own
@@ -88,8 +90,8 @@ def build(task: Task, folder: Path | None, fewshot: int) -> list[Any]:
     return built
 
 
-def _localise(config: Record, task: Task, records: list[Record], fewshot: int) -> None:
-    """Make a packaged config read local records, with exemplars that are never scored."""
+def _parts(config: Record, task: Task, records: list[Record], fewshot: int) -> tuple[list[Record], list[Record]]:
+    """The records of a packaged config that are scored, and its exemplars."""
     scored, shown = records, records[:0]
     if task.name == "mmlu":
         subject = config["dataset_name"]
@@ -99,14 +101,26 @@ def _localise(config: Record, task: Task, records: list[Record], fewshot: int) -
             raise ValueError(f"{task.file} has no {task.split} records of {subject}; fetch it again")
     elif fewshot:
         shown, scored = set_aside(records, task.name)
-    if fewshot > len(shown):
-        raise ValueError(f"{task.name} has {len(shown)} exemplars, not {fewshot}; lower --fewshot")
+    return scored, shown
+
+
+def localise(
+    config: Record, task: Local, scored: list[Record], shown: list[Record], shots: int, *, own: bool = False
+) -> None:
+    """Make a packaged config read local records: those that are scored, and exemplars, which never are.
+
+    own: the config brings the exemplars itself. ValueError for more shots than there are exemplars.
+    """
+    if shots > len(shown):
+        raise ValueError(f"{task.name} has {len(shown)} exemplars, not {shots}; lower --fewshot")
     for key in ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "fewshot_split"):
         config.pop(key, None)
-    splits = {"validation_split": None, "test_split": None, f"{task.split}_split": "scored"}
-    parts = {"scored": Records(scored), "shown": Records(shown)}
-    config.update(splits, custom_dataset=lambda **_: parts, **task.changes)
-    config["fewshot_config"] = {"sampler": "first_n", "split": "shown"}
+    config.update({"validation_split": None, "test_split": None, f"{task.split}_split": "scored"})
+    parts = {"scored": Records(scored)}
+    if not own:
+        parts["shown"] = Records(shown)
+        config["fewshot_config"] = {"sampler": "first_n", "split": "shown"}
+    config["custom_dataset"] = lambda **_: parts
 
 
 def language_model(rater: Rater, writer: Writer | None = None) -> Any:
@@ -194,8 +208,13 @@ def rate_tokens(rater: Rater, requests: list[Any], groups: list[Any], details: d
         members[group].append(i)
     made = [rater.request(ids, answer, float(len(text[1].strip()))) for text, ids, answer in requests]
     # One option alone (LAMBADA) is right when the model would write it; of several, the most probable one counts.
+    # An option of nothing but the reused mask token has no score, and its question none: lm-eval gets a stand-in.
+    skip = rater.scorer.skip
+    answers: list[Any] = [(0.0, False)] * len(requests)
+    for group in [g for g, own in members.items() if any(set(made[i].continuation) == {skip} for i in own)]:
+        details[group] = []
+        del members[group]
     questions = [Question(tuple(made[i] for i in own), greedy=len(own) == 1) for own in members.values()]
-    answers: list[Any] = [None] * len(requests)
     for (group, own), (scores, greedy) in zip(members.items(), rater.rate(questions), strict=True):
         details[group] = scores
         for i, score in zip(own, scores, strict=True):
@@ -231,8 +250,8 @@ def run(
     by_name = {task.config.task: task for task in tasks}
     for name, samples in results["samples"].items():
         for sample in samples:
-            metrics = {key: float(sample[key]) for key in sample["metrics"]}
             scores = model.details[name, sample["doc_id"]]
+            metrics = {key: float(sample[key]) for key in sample["metrics"]} if scores else {}
             fewer = with_fewer_draws(by_name[name], sample["doc"], scores)
             documents.append(Document(f"{name}/{sample['doc_id']}", metrics, scores, fewer=fewer))
     return documents

@@ -142,7 +142,8 @@ class Score:
 
 @dataclass
 class Option:
-    """One continuation on its way: its sequence, where its tokens stand, and one tally per segment."""
+    """One continuation on its way: its sequence, where its tokens stand, and one tally per segment. start: tokens of
+    the context, start token included."""
 
     ids: list[int]
     places: list[np.ndarray]  # positions of the scored tokens, by segment
@@ -151,6 +152,7 @@ class Option:
     size: float
     tallies: list[Tally] = field(default_factory=list)
     forwards: int = 0
+    start: int = 1
 
     @property
     def nats(self) -> float:

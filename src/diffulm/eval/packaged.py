@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .generation_tasks import Generation
-from .harness import Records, quiet, tools
+from .harness import localise, quiet, tools
 from .tasks import Record, read_records, set_aside
 
 
@@ -49,7 +49,8 @@ def build(task: Generation, folder: Path | None, shots: int) -> Any:
         if task.shown == "packaged" and shots > len(packaged_samples(config)):
             raise ValueError(f"{task.name} has {len(packaged_samples(config))} exemplars, not {shots}; lower --fewshot")
         if folder is not None:
-            _localise(config, task, folder, shots)
+            own = task.shown == "packaged"
+            localise(config, task, *_parts(config, task, folder, shots), shots, own=own)
         try:
             return ConfigurableTask(config=config)
         except Exception as error:
@@ -67,8 +68,8 @@ def packaged_samples(config: Record) -> list[Record]:
     return found
 
 
-def _localise(config: Record, task: Generation, folder: Path, shots: int) -> None:
-    """Make a packaged config read local records, with exemplars that are never scored."""
+def _parts(config: Record, task: Generation, folder: Path, shots: int) -> tuple[list[Record], list[Record]]:
+    """The local records that are scored, and the exemplars."""
     scored, shown = read_records(task, folder), list[Record]()
     if task.role is not None:
         parts = {kind: [r for r in scored if task.role(r) == kind] for kind in ("scored", "shown")}
@@ -81,17 +82,7 @@ def _localise(config: Record, task: Generation, folder: Path, shots: int) -> Non
         shown = read_records(replace(task, file=task.shown), folder)[:shots]
     elif shots:
         shown, scored = set_aside(scored, task.name)
-    if shots > len(shown):
-        raise ValueError(f"{task.name} has {len(shown)} exemplars, not {shots}; lower --fewshot")
-    for key in ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "fewshot_split"):
-        config.pop(key, None)
-    config.update({"validation_split": None, "test_split": None, f"{task.split}_split": "scored"})
-    if task.shown == "packaged":
-        held = {"scored": Records(scored)}
-    else:
-        held = {"scored": Records(scored), "shown": Records(shown)}
-        config["fewshot_config"] = {"sampler": "first_n", "split": "shown"}
-    config["custom_dataset"] = lambda **_: held
+    return scored, shown
 
 
 def prompts(one: Any, task: Generation, limit: int | None, template: Callable[..., str] | None) -> list[Prompt]:

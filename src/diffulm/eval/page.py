@@ -1,15 +1,18 @@
-"""How a report is drawn: a list of blocks as Markdown and as one self-contained HTML page, plots as inline SVG."""
+"""How a report is kept: a list of blocks as Markdown and as one self-contained HTML page, plots as inline SVG."""
 
 from __future__ import annotations
 
 import html
 import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from diffulm.render import visible
+from ..render import visible
+from ..runtime import write_atomic
 
 NO_PLOTS = "There are no plots, because matplotlib is not installed: pip install 'diffulm[plot]'"
 
@@ -52,6 +55,22 @@ Block = Prose | Table | Plot
 
 COLOURS = ("#3b82f6", "#f97316", "#16a34a", "#c026d3")  # legible on white and on black
 INK = "#010203"  # stands for the page's own text colour until the SVG is written
+
+
+def keep(report: Mapping[str, Any], title: str, blocks: Sequence[Block], out: Path) -> list[Block]:
+    """Write report.md, report.html and, last, report.json into the folder `out` (made if absent), each whole or not at
+    all: where there is a report.json, there is all of it. Returns the blocks with their plots drawn.
+
+    Raises ValueError (a number that is not finite) and TypeError (a value that JSON does not have) before anything is
+    written; OSError if a file cannot be.
+    """
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    shown = drawn(blocks)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (("md", markdown(title, shown)), ("html", page(title, shown)), ("json", text)):
+        # A lone surrogate in a sample must not lose the report; what it becomes is its escape, in JSON too.
+        write_atomic(out / f"report.{name}", content.encode("utf-8", "backslashreplace"))
+    return shown
 
 
 def drawn(blocks: Sequence[Block]) -> list[Block]:

@@ -15,11 +15,14 @@ from ..hub import Model
 from ..layout import Full
 from ..tokenizer import decode
 from .compare import published
+from .execute import check_allowed, passed
+from .generation_tasks.code import checked
 from .measures import ROUGE, rouge
 from .page import Block, Prose, Table
-from .paper_tasks import CHOICES, FILES, ORDER, Joiner, Question
+from .paper_tasks import CHOICES, CODE, FILES, LONG, ORDER, Joiner, Question
 from .protocol import PaperProtocol, Text, losses, raw, sampler_b
 from .rate import Progress, silent
+from .schemas import Record
 from .store import Store, content_key, fingerprint
 from .tasks import read_records
 
@@ -101,12 +104,14 @@ def evaluate(
     *,
     limit: int | None = None,
     out: Path | None = None,
+    execute: bool = False,
     on_progress: Progress = silent,
 ) -> dict[str, Any]:
     """Tasks (of `ORDER`, in that order) from local files under the protocol; returns settings and a row for each task.
 
-    out: a folder whose scores.jsonl keeps results, so that the same call goes on. ValueError for an unknown task, a
-    missing or wrong file, and a text that does not fit the model.
+    out: a folder whose scores.jsonl keeps results, so that the same call goes on. execute: code that was written may be
+    run. ValueError for an unknown task, a missing or wrong file, code that may not be run, and a text that does not fit
+    the model.
     """
     protocol = protocol or PaperProtocol()
     unknown = next((name for name in names if name not in ORDER), None)
@@ -115,6 +120,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     chosen = [name for name in ORDER if name in names]
+    if CODE in chosen:
+        check_allowed(CODE, execute)
     records = {name: read_records(FILES[name], folder)[:limit] for name in chosen}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -128,6 +135,8 @@ def evaluate(
                 runner.protocol = replace(protocol, rates=last, temperature=1.0)
         elif name == "roc":
             row = _roc(runner, [r["sentences"] for r in records[name][:STORIES]])
+        elif name == CODE:
+            row = _code(runner, records[name])
         else:
             row = _choices(runner, [CHOICES[name](r) for r in records[name]])
         rows.append(
@@ -202,6 +211,23 @@ def _roc(runner: Runner, stories: Sequence[Sequence[str]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _code(runner: Runner, records: Sequence[Record]) -> dict[str, Any]:
+    p, texts, kept = runner.protocol, [], []
+    for record in records:
+        if (text := runner.join.line(record)) is not None:
+            texts.append(text)
+            kept.append(record)
+    if not kept:
+        raise ValueError(f"every program of {CODE} has more than {LONG:,} tokens; set skip_long=False")
+    # Decoded by itself, as the script does.
+    lines = [decode(runner.model.tokenizer, ids) for ids in runner.written(texts, p.rates, p.temperature)]
+    hits = [passed(checked(record, line), runner.store) for record, line in zip(kept, lines, strict=True)]
+    return {
+        "documents": len(hits), "figures": {"pass@1": _accuracy(hits)}, "steps": p.rates,
+        "truncated": sum(text.cut > 0 for text in texts), "left_out": len(records) - len(kept),
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------------ as tables
 
 HEADER = ("Task", "Metric", "Documents", "Score", "Draws or steps", "Cut", "Published")
@@ -219,7 +245,7 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
         steps = "tokens of the word" if task["steps"] is None else str(task["steps"])
         for metric, figure in task["figures"].items():
             error = "" if figure["stderr"] is None else f" ± {100 * figure['stderr']:.1f}"
-            given = task["published"] if metric == "acc" else None
+            given = task["published"] if metric in ("acc", "pass@1") else None
             rows.append(
                 (
                     task["task"], metric, f"{task['documents']:,}", f"{100 * figure['value']:.1f}{error}", steps,
@@ -240,7 +266,13 @@ def summary(report: Mapping[str, Any]) -> list[Terminal]:
 def blocks(report: Mapping[str, Any]) -> list[Block]:
     """The report as headings, sentences and tables; every switch is stated."""
     fields = [(name, str(value)) for name, value in report["settings"].items()]
+    said = [CAVEAT]
+    for task in report["tasks"]:
+        if task["task"] == CODE:
+            said.append("Code was run under resource limits, which are no security boundary.")
+        if left_out := task.get("left_out"):
+            said.append(f"{left_out:,} programs of {CODE} have more than {LONG:,} tokens and enter no score.")
     return [
-        Prose("The paper's protocol", "heading"), Table(HEADER, table_rows(report)), Prose(CAVEAT),
+        Prose("The paper's protocol", "heading"), Table(HEADER, table_rows(report)), Prose(" ".join(said)),
         Table(("Rule", "Value"), fields),
     ]  # fmt: skip

@@ -11,6 +11,8 @@ A piece has the tokens it would have alone; no space is put between pieces.
     siqa        Question: context question, Answer: and   the answer, with no further space
                 a space
     roc         sentences 1 and 2; 4 and 5                sentence 3: its true number of tokens; ROUGE of 1,000
+    humaneval_  the code before and behind a line         the line: its true number of tokens; the function's tests, if
+    infilling                                             all has at most 1,000 tokens
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..tokenizer import encode, special_tokens
+from .generation_tasks import GENERATION
 from .protocol import PaperProtocol, Text, fitted
 from .schemas import Record
 from .store import content_key
-from .tasks import TASKS, Task
+from .tasks import TASKS, Local, Task
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,15 @@ CHOICES: dict[str, Callable[[Record], Question]] = {
     "hellaswag": hellaswag, "winogrande": winogrande, "siqa": siqa, "piqa": piqa,
 }  # fmt: skip
 _ROC = Task("roc", "", "roc_cloze/cloze_test_val__spring2016.jsonl.gz", "validation", story)
-FILES = {"lambada": TASKS["lambada_standard"], "roc": _ROC, **{name: TASKS[name] for name in CHOICES}}
+#: The task whose answers are programs.
+CODE = "humaneval_infilling"
+FILES: dict[str, Local] = {
+    "lambada": TASKS["lambada_standard"], "roc": _ROC, CODE: GENERATION[CODE], **{name: TASKS[name] for name in CHOICES}
+}  # fmt: skip
 #: The tasks, in the order in which the released main() runs them: `leaked_steps` depends on it.
-ORDER = ("lambada", "hellaswag", "roc", "winogrande", "siqa", "piqa")
+ORDER = ("lambada", "hellaswag", CODE, "roc", "winogrande", "siqa", "piqa")
+#: Tokens above which the script leaves code out (`skip_long`).
+LONG = 1000
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,18 @@ class Joiner:
         return fitted(Text(tuple(whole), min(len(before), len(whole)), len(whole), line), self.length)
 
     def middle(self, sentences: Sequence[str]) -> Text:
-        """A story with its third sentence open; the three pieces are tokenised apart."""
-        before = self.front(f"{sentences[0]} {sentences[1]}", special=False)
-        between, behind = self.ids(sentences[2]), self.ids(f"{sentences[3]} {sentences[4]}")
-        text = Text((*before, *between, *behind), len(before), len(before) + len(between), "\n".join(sentences))
-        return fitted(text, self.length)
+        """A story with its third sentence open."""
+        pieces = (f"{sentences[0]} {sentences[1]}", sentences[2], f"{sentences[3]} {sentences[4]}")
+        return self._hole(pieces, "\n".join(sentences))
+
+    def line(self, r: Record) -> Text | None:
+        """A program with one line open; None where it is too long for the script (`skip_long`)."""
+        pieces = (r["prompt"], r["canonical_solution"], r["suffix"])
+        if self.protocol.skip_long and sum(len(self.ids(piece)) for piece in pieces) > LONG:
+            return None
+        return self._hole(pieces, content_key(*pieces))
+
+    def _hole(self, pieces: tuple[str, str, str], key: str) -> Text:
+        """The second of three pieces open, each tokenised by itself."""
+        before, between, behind = self.front(pieces[0], special=False), self.ids(pieces[1]), self.ids(pieces[2])
+        return fitted(Text((*before, *between, *behind), len(before), len(before) + len(between), key), self.length)

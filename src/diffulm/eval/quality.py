@@ -20,8 +20,8 @@ import numpy as np
 from rich.table import Table as Terminal
 
 from ..hub import Model
-from ..sampling import Canvas, Draw, EndOfText, denoise, policy_from_name
-from ..sampling.text import caching_from_name, checked, completions, steps_of_a_block
+from ..sampling import Draw, EndOfText, policy_from_name
+from ..sampling.fill import completions, unmask
 from ..tokenizer import decode, encode, special_tokens
 from .estimate import Request
 from .likelihood import ratio_stderr
@@ -112,14 +112,18 @@ def measure(
     """
     special = special_tokens(model.tokenizer)
     starts: dict[str, list[list[int]]] = {"unconditional": [[]] * how.samples}
-    rows = []
+    rows, said = [], list[str]()
     if documents:
         ids = [encode(model.tokenizer, text, plain=True) for text in documents]
         least = how.prompt_tokens + how.max_tokens
-        long = [one[:least] for one in ids if len(one) >= least and special.mask not in one[:least]]
+        enough = [one[:least] for one in ids if len(one) >= least]
+        long = [one for one in enough if special.mask not in one]
+        if len(long) < len(enough):
+            said.append(f"left out because they hold the mask token: {len(enough) - len(long):,} documents")
         if not long:
             raise ValueError(
-                f"no document has {least} tokens (prompt and continuation); give longer ones, or lower max_tokens"
+                f"no document has {least} tokens (prompt and continuation) and no mask token among them; give longer "
+                "ones, or lower max_tokens"
             )
         chosen = [long[i % len(long)] for i in range(how.samples)]
         starts["conditional"] = [one[: how.prompt_tokens] for one in chosen]
@@ -141,7 +145,7 @@ def measure(
         "prompt_tokens": how.prompt_tokens, "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed,
         "dtype": str(model.denoiser.precision),
     }  # fmt: skip
-    return {"settings": settings, "rows": rows, "flags": flags(rows)}
+    return {"settings": settings, "rows": rows, "flags": [*said, *flags(rows)]}
 
 
 def write(model: Model, prompts: Sequence[Sequence[int]], steps: int, how: Sampling) -> tuple[list[list[int]], int]:
@@ -152,17 +156,13 @@ def write(model: Model, prompts: Sequence[Sequence[int]], steps: int, how: Sampl
     forwards = 0
     for at in range(0, len(prompts), how.batch):
         part = prompts[at : at + how.batch]
-        checked(Canvas.from_prompt(part, how.max_tokens, special), model.config)
         canvas = completions(part, how.max_tokens, special, model.layout, int(model.config["trained_length"]))
         canvas = canvas.to(model.device)
         ids = canvas.ids
         first = how.seed * 1_000_003 + at
-        for step in denoise(
-            model.denoiser, model.process, canvas,
-            steps=steps_of_a_block(canvas, model.layout, None, steps, how.max_tokens),
-            policy=policy_from_name(how.policy), draw=Draw(how.temperature, None, how.top_p), layout=model.layout,
-            cache=caching_from_name("none", model.denoiser, model.layout), seeds=range(first, first + len(part)),
-            end=ends,
+        for step in unmask(
+            model, canvas, steps=steps, tokens=how.max_tokens, policy=how.policy, end=ends,
+            draw=Draw(how.temperature, None, how.top_p), seeds=range(first, first + len(part)),
         ):  # fmt: skip
             ids = step.ids
             forwards += int(step.predicted.any(1).sum())

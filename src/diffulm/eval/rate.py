@@ -63,7 +63,8 @@ class Rater:
         precision = str(getattr(s.denoiser, "precision", ""))
         # What a written text depends on, and what a score does.
         self.text_key = content_key(weights, precision, mask, s.length, repr(s.layout), s.special.bos, self.chat)
-        self.model_key = content_key(self.text_key, s.draws, s.seed, s.confidence, s.skip)
+        guided = [] if s.guidance is None else [s.guidance]
+        self.model_key = content_key(self.text_key, s.draws, s.seed, s.confidence, s.skip, *guided)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text by itself."""
@@ -139,7 +140,7 @@ class Rater:
 
 
 def diffusion_scorer(model: Model, **settings: Any) -> Scorer:
-    """The scorer of a loaded checkpoint; settings: draws, seed, confidence, budget."""
+    """The scorer of a loaded checkpoint; settings: draws, seed, confidence, guidance, budget."""
     special = special_tokens(model.tokenizer)
     skip = None if model.config.get("mask_row_added", True) else special.mask
     length = int(model.config["trained_length"])
@@ -151,16 +152,18 @@ def diffusion_scorer(model: Model, **settings: Any) -> Scorer:
 def parent_rater(reference: str, child: Rater, *, offline: bool = False) -> Rater:
     """The AR parent beside a child: the same texts, start token, windows, seed and precision, scored exactly.
 
-    A tokenizer that cuts texts otherwise than the child's is used as it is, with its own start token.
+    A tokenizer that cuts texts otherwise than the child's is used as it is, with its own start token. What the child
+    skips, a reused mask token, is a token of that vocabulary alone.
     """
     scorer: Any = child.scorer
     precision = scorer.denoiser.precision
     model, tokenizer = load_parent(reference, dtype=precision.weights, offline=offline)
-    special = special_tokens(tokenizer)
+    special, skip = special_tokens(tokenizer), None
     if same_text(tokenizer) == same_text(child.tokenizer):
-        tokenizer, special = child.tokenizer, dataclasses.replace(scorer.special, mask=None)
+        tokenizer, special, skip = child.tokenizer, dataclasses.replace(scorer.special, mask=None), scorer.skip
     denoiser = HFDenoiser(model.to(scorer.device).eval(), None, precision=precision)
     exact = dataclasses.replace(
-        scorer, denoiser=denoiser, layout=Causal(), process=None, special=special, confidence=None
+        scorer, denoiser=denoiser, layout=Causal(), process=None, special=special, confidence=None, guidance=None,
+        skip=skip,
     )  # fmt: skip
     return dataclasses.replace(child, scorer=exact, tokenizer=tokenizer, label="parent")

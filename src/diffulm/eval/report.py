@@ -6,9 +6,7 @@ nats per token and bits per byte. A NELBO is always called an upper bound, never
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import Any
 from rich.table import Table as Terminal
 from rich.text import Text
 
-from diffulm.eval.page import Block, Curve, Plot, Prose, Table, drawn, markdown, page
-from diffulm.render import duration
+from ..render import duration
+from .page import Block, Curve, Plot, Prose, Table, keep
 
 WELL_ABOVE = 1.2  # bits per byte of the diffusion model over its parent's: beyond it the text is plainly not fluent
 MODELS = (
@@ -31,11 +29,10 @@ DIFFUSION = ("before", "after")
 
 
 def write_report(report: dict[str, Any], out: Path) -> None:
-    """Write report.json, report.md and report.html into the folder `out` (made if absent), each atomically.
+    """Write report.md, report.html and, last, report.json into the folder `out` (made if absent), each atomically.
 
-    The JSON is written first and does not depend on the plots. Raises ValueError, before anything is written, for a
-    number that is not finite and where parent, before or after has no bits_per_byte; TypeError for a value that JSON
-    does not have; OSError if a file cannot be written.
+    Raises ValueError, before anything is written, for a number that is not finite and where parent, before or after has
+    no bits_per_byte; TypeError for a value that JSON does not have; OSError if a file cannot be written.
     """
     lacking = [k for k in ("parent", *DIFFUSION) if (report.get(k) or {}).get("bits_per_byte") is None]
     if lacking:
@@ -43,13 +40,7 @@ def write_report(report: dict[str, Any], out: Path) -> None:
             f"the report lacks bits_per_byte of {', '.join(lacking)}: it compares parent, before and after"
         )
     _require_finite(report, "report")
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    _replace(out / "report.json", text)
-    blocks = drawn(list(_blocks(report)))
-    title = f"diffulm adapt: {report['parent'].get('name', 'report')}"
-    _replace(out / "report.md", markdown(title, blocks))
-    _replace(out / "report.html", page(title, blocks))
+    keep(report, f"diffulm adapt: {report['parent'].get('name', 'report')}", list(_blocks(report)), out)
 
 
 def summary(report: dict[str, Any]) -> Terminal:
@@ -70,17 +61,6 @@ def _require_finite(value: Any, place: str) -> None:
     elif isinstance(value, list | tuple):
         for i, inner in enumerate(value):
             _require_finite(inner, f"{place}[{i}]")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half of one."""
-    data = text.encode("utf-8", "backslashreplace")  # a lone surrogate in a sample must not lose the report
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(data)
-        os.replace(aside, path)  # noqa: PTH105
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ---- what the report says ----

@@ -12,19 +12,22 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def _text(record: Record, *names: str) -> None:
+def check_text(record: Record, *names: str) -> None:
+    """TypeError unless these fields of a record are texts; KeyError where one is missing."""
     for name in names:
         if not isinstance(record[name], str):
             raise TypeError(f"{name} must be text, not {type(record[name]).__name__}")
 
 
-def _texts(values: Any, name: str, least: int = 2) -> list[str]:
+def check_texts(values: Any, name: str, least: int = 2) -> list[str]:
+    """The values of the field `name`; TypeError unless they are a list of at least so many texts."""
     if not isinstance(values, list) or len(values) < least or not all(isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a list of at least {least} texts")
     return values
 
 
-def _within(value: Any, allowed: Sequence[Any], name: str) -> Any:
+def check_within(value: Any, allowed: Sequence[Any], name: str) -> Any:
+    """The value of the field `name`; ValueError unless it is one of the allowed, and of the same type."""
     # True == 1 in Python: the type is part of a label base
     if not any(type(value) is type(other) and value == other for other in allowed):
         raise ValueError(f"{name} is {value!r}, not one of {', '.join(map(repr, allowed))}")
@@ -32,43 +35,43 @@ def _within(value: Any, allowed: Sequence[Any], name: str) -> Any:
 
 
 def hellaswag(r: Record) -> Record:
-    _text(r, "activity_label", "ctx_a", "ctx_b")
-    _within(r["label"], [str(i) for i in range(len(_texts(r["endings"], "endings")))], "label")
+    check_text(r, "activity_label", "ctx_a", "ctx_b")
+    check_within(r["label"], [str(i) for i in range(len(check_texts(r["endings"], "endings")))], "label")
     return r
 
 
 def winogrande(r: Record) -> Record:
-    _text(r, "sentence", "option1", "option2")
-    _within(r["answer"], ["1", "2"], "answer")
+    check_text(r, "sentence", "option1", "option2")
+    check_within(r["answer"], ["1", "2"], "answer")
     if r["sentence"].count("_") < 1:
         raise ValueError("sentence has no blank (_)")
     return r
 
 
 def piqa(r: Record) -> Record:
-    _text(r, "goal", "sol1", "sol2")
-    _within(r["label"], [0, 1], "label")
+    check_text(r, "goal", "sol1", "sol2")
+    check_within(r["label"], [0, 1], "label")
     return r
 
 
 def siqa(r: Record) -> Record:
-    _text(r, "context", "question", "answerA", "answerB", "answerC")
-    _within(r["label"], ["1", "2", "3"], "label")
+    check_text(r, "context", "question", "answerA", "answerB", "answerC")
+    check_within(r["label"], ["1", "2", "3"], "label")
     return r
 
 
 def lettered(r: Record) -> Record:
     """ARC, OpenBookQA, CommonsenseQA as on the Hub: the key is looked up among the labels, never computed."""
-    texts = _texts(r["choices"]["text"], "choices.text")
-    labels = _texts(r["choices"]["label"], "choices.label")
+    texts = check_texts(r["choices"]["text"], "choices.text")
+    labels = check_texts(r["choices"]["label"], "choices.label")
     if len(texts) != len(labels):
         raise ValueError("choices.text and choices.label differ in length")
-    _within(r["answerKey"], labels, "answerKey")
+    check_within(r["answerKey"], labels, "answerKey")
     return r
 
 
 def asked(r: Record) -> Record:
-    _text(r, "question")
+    check_text(r, "question")
     return lettered(r)
 
 
@@ -82,9 +85,9 @@ def numbered(question: str, prefix: str = "") -> Callable[[Record], Record]:
     """Records of query, choices, gold (0-based) in the Hub's schema; labels are the indices."""
 
     def adapt(r: Record) -> Record:
-        _text(r, "query")
-        choices = _texts(r["choices"], "choices")
-        gold = _within(r["gold"], list(range(len(choices))), "gold")
+        check_text(r, "query")
+        choices = check_texts(r["choices"], "choices")
+        gold = check_within(r["gold"], list(range(len(choices))), "gold")
         if not r["query"].startswith(prefix):
             raise ValueError(f"query does not begin with {prefix!r}")
         labels = [str(i) for i in range(len(choices))]
@@ -95,36 +98,36 @@ def numbered(question: str, prefix: str = "") -> Callable[[Record], Record]:
 
 
 def boolq(r: Record) -> Record:
-    _text(r, "passage", "question")
-    return {**r, "label": int(_within(r["answer"], [False, True], "answer"))}
+    check_text(r, "passage", "question")
+    return {**r, "label": int(check_within(r["answer"], [False, True], "answer"))}
 
 
 def copa(r: Record) -> Record:
-    _text(r, "premise", "choice1", "choice2")
-    _within(r["question"], ["cause", "effect"], "question")
-    _within(r["label"], [0, 1], "label")
+    check_text(r, "premise", "choice1", "choice2")
+    check_within(r["question"], ["cause", "effect"], "question")
+    check_within(r["label"], [0, 1], "label")
     return r
 
 
 def sciq(r: Record) -> Record:
-    _text(r, "support", "question", "distractor1", "distractor2", "distractor3", "correct_answer")
+    check_text(r, "support", "question", "distractor1", "distractor2", "distractor3", "correct_answer")
     return r
 
 
 def mmlu(r: Record) -> Record:
-    _text(r, "subject", "split", "question")
-    _within(r["answer"], list(range(len(_texts(r["choices"], "choices", 4)))), "answer")
+    check_text(r, "subject", "split", "question")
+    check_within(r["answer"], list(range(len(check_texts(r["choices"], "choices", 4)))), "answer")
     return r
 
 
 def winograd(r: Record) -> Record:
-    _text(r, "continuation")
-    _within(r["gold"], list(range(len(_texts(r["context_options"], "context_options")))), "gold")
+    check_text(r, "continuation")
+    check_within(r["gold"], list(range(len(check_texts(r["context_options"], "context_options")))), "gold")
     return r
 
 
 def lambada_openai(r: Record) -> Record:
-    _text(r, "context", "continuation")
+    check_text(r, "context", "continuation")
     if not r["continuation"].strip():
         raise ValueError("continuation is empty")
     return r

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from rich.table import Table as Terminal
 from rich.text import Text
 
-from ..runtime import write_atomic
-from .page import Block, Curve, Plot, Prose, Table, drawn, markdown, page
+from .page import Block, Curve, Plot, Prose, Table, keep
 
 TASK_HEADER = (
     "Task",
@@ -31,15 +29,6 @@ TEXT_HEADER = ("Text", "Documents", "Model, bits/byte", "Parent, bits/byte", "Mo
 def write(report: Mapping[str, Any], out: Path) -> None:
     """report.json, report.md and report.html in a folder, each whole or not at all."""
     keep(report, f"diffulm eval: {report['model']['name']}", blocks(report), out)
-
-
-def keep(report: Mapping[str, Any], title: str, parts: list[Block], out: Path) -> None:
-    """A report and how it is shown, in a folder that is made if there is none."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    parts = drawn(parts)
-    write_atomic(out / "report.md", markdown(title, parts))
-    write_atomic(out / "report.html", page(title, parts))
 
 
 def summary(report: Mapping[str, Any]) -> list[Terminal]:

@@ -148,12 +148,14 @@ def find_texts(names: Sequence[str]) -> list[str]:
 
 
 class Local(Protocol):
-    """What is read of a task: its name, its file below the data folder, and what a record must be."""
+    """What is read of a task: its name, its file below the data folder, the split it holds, what a record must be."""
 
     @property
     def name(self) -> str: ...
     @property
     def file(self) -> str: ...
+    @property
+    def split(self) -> str: ...
     @property
     def adapt(self) -> Callable[[Record], Record]: ...
 

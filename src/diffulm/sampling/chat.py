@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 from ..template import Message, Turn, check_messages, end_token, open_turn, use_template
 from ..tokenizer import decode, encode, encode_after, special_tokens
-from .denoise import denoise
 from .draw import Draw
 from .end import EndOfText
+from .fill import Model, Watch, completions, given_ids, unmask
 from .infill import infill
 from .names import policy_from_name
 from .policies import Policy
-from .text import Model, Watch, caching_from_name, checked, completions, given_ids, steps_of_a_block
 
 #: Tokens of an answer unless something else is asked for, where the window has twice that.
 MAX_TOKENS = 128
@@ -144,8 +143,7 @@ class Chat:
         given = given_ids(model, [*encode(tokenizer, turn.context), *encode_after(tokenizer, self.prefix)])
         # A block layout's last block may have room for more than was asked; that is not shown.
         limit, asked = int(model.config["trained_length"]), self.max_tokens
-        canvas = completions([given], asked, special, model.layout, limit)
-        canvas = checked(canvas, model.config).to(model.device)
+        canvas = completions([given], asked, special, model.layout, limit).to(model.device)
         policy = policy_from_name(self.policy) if isinstance(self.policy, str) else self.policy
         ends = (end_token(tokenizer, turn), special.eos, special.bos)
         first = 1 + len(given)
@@ -153,11 +151,9 @@ class Chat:
         shown, upto, ids = "", first, canvas.ids
         if self.prefix:
             yield self.prefix
-        for step in denoise(
-            model.denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, None, steps, asked),
-            policy=policy, draw=Draw(self.temperature, self.top_k, self.top_p), layout=model.layout,
-            cache=caching_from_name("none", model.denoiser, model.layout), seeds=[self._turn_seed],
-            end=EndOfText(ends),
+        for step in unmask(
+            model, canvas, steps=steps, tokens=asked, policy=policy, seeds=[self._turn_seed], end=EndOfText(ends),
+            draw=Draw(self.temperature, self.top_k, self.top_p),
         ):  # fmt: skip
             ids = step.ids
             if watch is not None:

@@ -16,11 +16,11 @@ from . import words
 from .canvas import Canvas
 from .constraints import Banned
 from .draw import Draw
+from .fill import Model, Watch, checked, filled, given_ids, seeds_of, unmask
 from .guidance import forwards_of_a_step
 from .policies import Policy, TopConfidence
 from .search import TOGETHER, Spellings, length_scores, place, shortest
 from .step import Step
-from .text import Model, Watch, caching_from_name, checked, given_ids, run
 
 _HOLE = re.compile(r"<hole(?::(\d+|auto))?>")
 #: Fills tried before a banned word is given up on.
@@ -241,9 +241,9 @@ def _filled(
         if watch is not None:
             watch(canvas, step)
 
-    cache = caching_from_name("none", model.denoiser, model.layout)
-    ids = run(model, canvas, steps, policy, draw, seed, counting, cache=cache, banned=bans, guidance=guidance)
-    return ids, forwards
+    seeds = seeds_of(seed, len(canvas.ids))
+    made = unmask(model, canvas, steps=steps, policy=policy, draw=draw, seeds=seeds, banned=bans, guidance=guidance)
+    return filled(canvas, made, counting), forwards
 
 
 def _fills(model: Model, ids: list[int], text: Holed, lengths: Sequence[int]) -> list[str]:

@@ -13,8 +13,8 @@ from .canvas import Canvas
 from .constraints import Banned
 from .denoise import denoise
 from .draw import Draw
+from .fill import Model
 from .policies import TopConfidence
-from .text import Model
 
 #: Lengths tried in one batch: bounds the logits in memory.
 TOGETHER = 8

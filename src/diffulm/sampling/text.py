@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..denoiser import HFDenoiser
-from ..layout import Block, Denoiser, Layout, layout_from_config
+from ..layout import Layout, layout_from_config
 from ..process import MaskedDiffusion
 from ..schedule import schedule_from_name
 from ..tokenizer import SpecialTokens, decode, encode, special_tokens
-from .caches import BLOCK, BlockCache, Caching, DualCache, PrefixCache
+from .caches import BLOCK
 from .canvas import Canvas
-from .constraints import Banned
-from .denoise import denoise, regions
 from .draw import Draw
 from .end import EndOfText
-from .guidance import EverySample, Guided
-from .names import policy_from_name
+from .fill import Model, Watch, completions, filled, given_ids, seeds_of, unmask
 from .policies import Policy
 from .step import Step
-
-
-class Model(Protocol):
-    """What text needs of a loaded model; `hub.load` gives one."""
-
-    @property
-    def denoiser(self) -> Denoiser: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def process(self) -> MaskedDiffusion: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def layout(self) -> Layout: ...
-    @property
-    def device(self) -> torch.device: ...
-
-
-Watch = Callable[[Canvas, Step], None]
 
 
 def generate(
@@ -85,18 +62,30 @@ def generate(
     encoded = [given_ids(model, encode(model.tokenizer, text)) for text in prompts]
     canvas = completions(encoded, max_tokens, special, model.layout, int(model.config["trained_length"]))
     canvas = canvas.to(model.device)
-    caching = caching_from_name(cache, model.denoiser, model.layout)
-    if block is None and isinstance(caching, DualCache):
+    if block is None and cache != "none":
         block = BLOCK
-    ids = run(
-        model, canvas, max_tokens if steps is None else steps, policy, Draw(temperature, top_k, top_p), seed, watch,
-        EndOfText((special.eos, special.bos)), block, caching, guidance=guidance, tokens=max_tokens,
+    made = unmask(
+        model, canvas, steps=max_tokens if steps is None else steps, tokens=max_tokens, policy=policy,
+        draw=Draw(temperature, top_k, top_p), seeds=seeds_of(seed, len(prompts)),
+        end=EndOfText((special.eos, special.bos)), block=block, cache=cache, guidance=guidance,
     )  # fmt: skip
+    ids = filled(canvas, made, watch)
     texts = []
     for given, row in zip(encoded, ids.tolist(), strict=True):
         new = row[1 + len(given) : 1 + len(given) + max_tokens]
         texts.append(_ended(model, given, new, special, [stop] if isinstance(stop, str) else stop))
     return texts[0] if isinstance(prompt, str) else texts
+
+
+class _Stock(NamedTuple):
+    """A plain transformers model as what `unmask` takes."""
+
+    denoiser: HFDenoiser
+    tokenizer: Any
+    process: MaskedDiffusion
+    config: dict[str, Any]
+    layout: Layout
+    device: torch.device
 
 
 def generate_ids(
@@ -134,118 +123,18 @@ def generate_ids(
     prompts = [row[1:] if row[:1] == [special.bos] else row for row in rows]
     asked = (max_tokens, max_new_tokens, getattr(generation_config, "max_new_tokens", None), 32)
     count = next(n for n in asked if n is not None)
-    layout, limit = layout_from_config(diffusion), int(diffusion["trained_length"])
-    canvas = checked(completions(prompts, count, special, layout, limit), diffusion).to(input_ids.device)
     denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
-    ids, steps = canvas.ids, count if steps is None else steps
-    for step in denoise(
-        denoiser, process, canvas, steps=steps_of_a_block(canvas, layout, None, steps, count),
-        policy=_policy(policy), draw=Draw(temperature, top_k, top_p), layout=layout,
-        cache=caching_from_name("none", denoiser, layout), seeds=range(seed, seed + len(rows)),
-        end=EndOfText(ends),
-    ):  # fmt: skip
-        ids = step.ids
+    layout = layout_from_config(diffusion)
+    own = _Stock(denoiser, None, process, diffusion, layout, input_ids.device)
+    canvas = completions(prompts, count, special, layout, int(diffusion["trained_length"])).to(input_ids.device)
+    made = unmask(
+        own, canvas, steps=count if steps is None else steps, tokens=count, policy=policy,
+        draw=Draw(temperature, top_k, top_p), seeds=range(seed, seed + len(rows)), end=EndOfText(ends),
+    )  # fmt: skip
+    ids = filled(canvas, made)
     new = [row[1 + len(prompt) : 1 + len(prompt) + count] for row, prompt in zip(ids, prompts, strict=True)]
     return torch.cat([input_ids, torch.stack(new)], 1)
-
-
-def completions(
-    prompts: Sequence[Sequence[int]], max_tokens: int, special: SpecialTokens, layout: Layout, limit: int
-) -> Canvas:
-    """The canvas of completions; in a block layout each sample ends with a whole block, where `limit` allows.
-
-    A block cut short by the canvas is one that training shows only at the end of a text, so it would invite that end.
-    """
-    canvas = Canvas.from_prompt(prompts, max_tokens, special)  # checks its arguments
-    if not isinstance(layout, Block):
-        return canvas
-    ends = [1 + len(prompt) + max_tokens for prompt in prompts]
-    whole = [max(end, min(limit, -(-end // layout.size) * layout.size)) for end in ends]
-    return Canvas.from_holes([[*p, *[None] * (n - 1 - len(p))] for p, n in zip(prompts, whole, strict=True)], special)
-
-
-def _policy(policy: str | Policy) -> Policy:
-    return policy_from_name(policy) if isinstance(policy, str) else policy
-
-
-def steps_of_a_block(canvas: Canvas, layout: Layout, block: int | None, steps: int, tokens: int | None = None) -> int:
-    """Steps of each block that deal out `steps` over `tokens` (default: those of the canvas to fill) by tokens, rounded
-    up for the largest block.
-
-    A smaller block takes no more steps than it has tokens: as many steps as tokens are one token a step in each.
-    """
-    size = block or getattr(layout, "size", None)
-    if size is None:
-        return steps
-    largest = max((int(r.sum(1).max()) for r in regions(canvas.editable, size)), default=1)
-    tokens = int(canvas.editable.sum(1).max()) if tokens is None else tokens
-    return -(-steps * largest // max(1, tokens))
-
-
-def caching_from_name(name: str, denoiser: Denoiser, layout: Layout) -> Caching | None:
-    """What forwards keep: the block layout its exact cache, "prefix" and "dual" an approximate one, "none" nothing.
-
-    ValueError for another name, a layout that has an exact cache, or a denoiser that keeps no keys and values.
-    """
-    kinds: dict[str, Callable[[Any], Caching]] = {"prefix": PrefixCache, "dual": DualCache}
-    if name != "none" and name not in kinds:
-        raise ValueError(f"unknown cache {name!r}: use none, prefix or dual")
-    if not isinstance(denoiser, HFDenoiser):
-        if name != "none":
-            raise ValueError("this denoiser keeps no keys and values; decode with cache none")
-        return None
-    if name == "none":
-        return BlockCache(denoiser.new_cache()) if isinstance(layout, Block) else None
-    chosen = kinds[name](denoiser.new_cache())
-    chosen.check(layout)
-    return chosen
-
-
-def run(
-    model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
-    end: EndOfText | None = None, block: int | None = None, cache: Caching | None = None, banned: Banned | None = None,
-    guidance: float | None = None, tokens: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Tokens of a filled canvas, (B, L); `steps` are those of `tokens`, by default of the whole canvas."""
-    ids = checked(canvas, model.config).ids
-    seeds = [seed * 1_000_003 + b for b in range(len(ids))]
-    denoiser = model.denoiser
-    if guidance is not None:
-        EverySample().check(model.layout)
-        if cache is not None:
-            raise ValueError("guidance cannot decode from a cache; use cache none, or leave the guidance out")
-        denoiser = Guided.by_canvas(denoiser, guidance, model.process.mask_token_id, canvas)
-        cache = EverySample()
-    for step in denoise(
-        denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, block, steps, tokens),
-        policy=_policy(policy), draw=draw, layout=model.layout, cache=cache, seeds=seeds, end=end, block=block,
-        banned=banned,
-    ):  # fmt: skip
-        ids = step.ids
-        if watch is not None:
-            watch(canvas, step)
-    return ids
-
-
-def checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
-    """The canvas; ValueError when it is longer than the model was trained on."""
-    length, limit = canvas.ids.shape[1], int(diffusion["trained_length"])
-    if length > limit:
-        raise ValueError(
-            f"the canvas has {length} tokens with its start token, the model was trained on {limit}; "
-            "shorten the text or the holes"
-        )
-    return canvas
-
-
-def given_ids(model: Model, ids: list[int]) -> list[int]:
-    """The tokens of given text; ValueError when the mask token is one of them."""
-    if model.process.mask_token_id in ids:
-        raise ValueError(
-            f"the text holds the mask token {model.tokenizer.mask_token!r} itself; remove it, or mark holes with <hole>"
-        )
-    return ids
 
 
 def _ended(model: Model, given: list[int], new: list[int], special: SpecialTokens, stop: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from ..denoiser import HFDenoiser
 from ..objective import diffusion_loss
 from ..runtime import log
 from .config import TrainConfig
+from .group import on_first_rank, rank_and_world
 from .optim import build_optimizers, set_rate
 from .step import Batches
 
@@ -49,7 +50,7 @@ def find_budget(
         return Budget(max(1, config.tokens // per_step), per_step)
     if config.minutes is None:
         raise ValueError("the recipe has no budget; set train.steps, train.tokens or train.minutes")
-    rank, world = runtime.rank_and_world()
+    rank, world = rank_and_world()
     micros = (rows for n in range(WARM_UP_MICRO + TIMED_MICRO) for rows in batches.rows(n, rank, world))
     seconds = []
     denoiser.train()
@@ -81,10 +82,10 @@ def plan_budget(folder: Path, find: Callable[[], Budget]) -> Budget:
         return found
 
     # Processes time differently, and one may look for the file after another wrote it: rank 0 decides for all.
-    if (there := runtime.on_first_rank(stored)) is not None:
+    if (there := on_first_rank(stored)) is not None:
         return there
     found = find()
-    return runtime.on_first_rank(store)
+    return on_first_rank(store)
 
 
 def _time_update(denoiser: HFDenoiser, config: TrainConfig) -> float:

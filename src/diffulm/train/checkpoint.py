@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..runtime import atomic_folder, fsync_folder, log, on_first_rank, rank_and_world, write_atomic
+from ..runtime import atomic_folder, fsync_folder, log, write_atomic
 from . import shards
+from .group import on_first_rank, rank_and_world
 from .shards import Background, crc32, crc32_of_state
 
 _FILES = ("model.safetensors", "optimizer.safetensors")

@@ -53,9 +53,13 @@ class Shape:
         """Operations of a forward pass over `rows` rows with `pairs` pairs of rows, predicting at `wanted` of them."""
         return 2.0 * self.matrix * rows + 4.0 * self.layers * self.attended * pairs + 2.0 * self.head * wanted
 
-    def train(self, rows: int, pairs: int, wanted: float) -> float:
-        """Forward and backward, without anything that is computed twice to save memory."""
-        return 3 * self.forward(rows, pairs, wanted)
+    def train(self, rows: int, pairs: int, wanted: float, *, frozen: bool = False) -> float:
+        """Forward and backward, without anything that is computed twice to save memory.
+
+        `frozen`: the weights get no gradient of their own, which saves one product with each of them (a LoRA; its own
+        small products are left out).
+        """
+        return 3 * self.forward(rows, pairs, wanted) - (self.forward(rows, 0, wanted) if frozen else 0.0)
 
     def executed(self, rows: int, pairs: int, wanted: float, *, checkpointing: bool = False) -> float:
         """As `train`, with what our step computes twice: the head's logits, and checkpointed layers."""
@@ -87,21 +91,24 @@ class Work:
     wanted: float
 
     @classmethod
-    def of(cls, recipe: Recipe, *, causal: bool = False) -> Work:
-        """For the diffusion arm of a recipe, or (`causal`) for its control arm."""
+    def of(cls, recipe: Recipe, *, causal: bool = False, noised: float = 1.0) -> Work:
+        """For the diffusion arm of a recipe, or (`causal`) for its control arm.
+
+        `noised`: share of the tokens that may be noised; what is given beside them (contexts of answers) is not.
+        """
         length = recipe.data.length
         if causal:
             return cls(length, length, length**2, length - 1)
         # Both forms mask half of the tokens on average (the rate form with the linear schedule).
-        wanted = length / 2
+        wanted = noised * length / 2
         rows = length
         if recipe.model.layout == "block":
             size = recipe.model.block_size or 8
             rows = 2 * length + ((length - 1) // size if recipe.model.source == "launch" else 0)
-            wanted += length - 1 if recipe.noise.ar_weight else 0
+            wanted += noised * (length - 1) if recipe.noise.ar_weight else 0
         return cls(length, rows, rows**2, wanted)
 
 
-def flops_per_token(shape: Shape, work: Work) -> float:
+def flops_per_token(shape: Shape, work: Work, *, frozen: bool = False) -> float:
     """Operations of training per token of text. Times tokens/s, over a device's peak, this is the MFU."""
-    return shape.train(work.rows, work.pairs, work.wanted) / work.tokens
+    return shape.train(work.rows, work.pairs, work.wanted, frozen=frozen) / work.tokens

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .. import runtime
 from ..denoiser import HFDenoiser
 from ..runtime import log
 from . import checkpoint
 from .budget import Budget
 from .config import TrainConfig, differing_keys
+from .group import Terminated, rank_and_world
 from .metrics import Metrics, finite, peak_flops, throughput
 from .optim import build_optimizers, learning_rate
 from .shards import Background
@@ -75,24 +75,25 @@ def train(
         flops_per_token: operations (`flops.flops_per_token`), from which the metrics have TFLOP/s and MFU.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, or SIGTERM (`runtime.Terminated`); a checkpoint of the last completed step was
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (`group.Terminated`); a checkpoint of the last completed step was
             written first.
         FloatingPointError: `config.max_skipped` steps in a row were skipped.
         ValueError: the checkpoint in `out` was made with other settings.
     """
-    rank, world = runtime.rank_and_world()
+    rank, world = rank_and_world()
     optimizers = build_optimizers(denoiser, config)
     state = _resume(out, denoiser, optimizers, settings, budget)
     step, saved = state["step"], state["step"]  # `saved`: the step of the newest checkpoint
     metrics = Metrics(out, from_step=step, tensorboard=config.tensorboard) if rank == 0 else None
     every = max(1, budget.steps // max(1, config.heldout_evaluations))
-    peak = peak_flops(next(denoiser.parameters()).device)
+    device = next(denoiser.parameters()).device
+    peak = peak_flops(device)
     saved_at = time.monotonic()
     denoiser.train()
     with (
         _writer(config) as background,
         _interruptions() as interrupted,
-        prefetched(lambda n: batches.rows(n, rank, world), budget.steps) as rows_of,
+        prefetched(lambda n: batches.rows(n, rank, world), budget.steps, device) as rows_of,
     ):
         while step < budget.steps:
             late = rank == 0 and time.monotonic() - saved_at > config.checkpoint_minutes * 60
@@ -140,7 +141,7 @@ def train(
     if metrics:
         metrics.close()
     if by_term and not by_hand:
-        raise runtime.Terminated
+        raise Terminated
     if by_hand or step < budget.steps:
         raise KeyboardInterrupt
 

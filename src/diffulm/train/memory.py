@@ -20,7 +20,7 @@ from ..layout import Full, NoisedBatch
 from ..objective import diffusion_loss
 from ..runtime import Precision
 from .flops import Shape, Work
-from .parallel import _checkpoint_layers as checkpoint_layers
+from .parallel import checkpoint_layers
 
 
 @dataclass(frozen=True)

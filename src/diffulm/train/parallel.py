@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..denoiser import HFDenoiser
-from ..runtime import Precision, rank_and_world
+from ..runtime import Precision
 from .config import TrainConfig
+from .folder import read_weights
+from .group import rank_and_world
 
 
 def layers_of(backbone: nn.Module) -> nn.ModuleList | None:
@@ -42,6 +45,8 @@ def parallelize(
     compile: bool,
     activation_checkpointing: bool = False,
     replicas: int = 1,
+    folder: Path | None = None,
+    device: torch.device | None = None,
 ) -> HFDenoiser:
     """In this order: activation checkpointing of each layer, torch.compile of each, FSDP2 over the process group.
 
@@ -50,13 +55,16 @@ def parallelize(
     its forward. `replicas` > 1 shards within world / replicas processes and replicates over the rest (HSDP): weights
     then travel inside a node, gradients alone between nodes. Without a process group nothing is sharded.
 
+    A denoiser without weights (on the meta device, `folder.open_for_training`) gets memory on `device` once it is
+    sharded, and each process its part of the weights in `folder`.
+
     Weights, gradients and moments are held in the precision's `weights` (float32). Under autocast the layers' weights
     travel in bfloat16: what autocast would multiply with anyway, except that weights of norms are rounded too. The
     stream between layers, embeddings and head stay float32, as on one process. Gradients are summed in float32.
     """
     layers = layers_of(denoiser.backbone)
     if activation_checkpointing:
-        _checkpoint_layers(denoiser)
+        checkpoint_layers(denoiser)
     if compile and layers is not None:
         for layer in layers:
             layer.compile()
@@ -66,20 +74,24 @@ def parallelize(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(denoiser.parameters()).device.type
+    lies_on = next(denoiser.parameters()).device
+    where = (device or lies_on).type
     if replicas == 1:
-        mesh = init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(where, (world,), mesh_dim_names=("shard",))
     else:
-        mesh = init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(where, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     reduce = torch.promote_types(precision.weights, torch.float32)
     inner = MixedPrecisionPolicy(precision.autocast, reduce_dtype=reduce, cast_forward_inputs=False)
     for layer in layers if layers is not None else []:
         fully_shard(layer, mesh=mesh, mp_policy=inner)
     fully_shard(denoiser, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False))
+    if lies_on.type == "meta":
+        assert folder is not None and device is not None, "a model without weights needs to know where they are"
+        read_weights(denoiser, folder, device)
     return denoiser
 
 
-def _checkpoint_layers(denoiser: HFDenoiser) -> None:
+def checkpoint_layers(denoiser: HFDenoiser) -> None:
     """Every layer inside torch.utils.checkpoint (non-reentrant), by transformers' own switch."""
     model: Any = denoiser.model
     if not getattr(model, "supports_gradient_checkpointing", False):

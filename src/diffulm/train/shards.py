@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..runtime import rank_and_world
+from .group import rank_and_world
 
 INDEX = ".metadata"
 _SHARDED = StateDictOptions(strict=False)
@@ -70,7 +70,7 @@ def begin(
 
     def complete(write: Callable[[], Any]) -> None:
         try:
-            with _causes():
+            with causes():
                 write()
             sums = _checksums(aside)
             if first:
@@ -117,12 +117,17 @@ def read(path: Path, param_groups: list[dict[str, Any]], module: nn.Module, opti
     check_model(path, stored, module, {name: tuple(value.shape) for name, value in weights.items()})
     moments: dict[str, Any] = get_optimizer_state_dict(module, optimizers, options=_SHARDED)
     tensors = {"model": weights, "optim": moments["state"]}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no accident
-        dcp.load(tensors, storage_reader=reader, process_group=group())
+    fill(tensors, reader)
     set_model_state_dict(module, tensors["model"], options=_SHARDED)
     everything: dict[str, Any] = {"state": tensors["optim"], "param_groups": param_groups}
     set_optimizer_state_dict(module, optimizers, everything, options=_SHARDED)
+
+
+def fill(tensors: dict[str, Any], reader: Any) -> None:
+    """Read into tensors, sharded or not, what a DCP reader finds under their names. Called by every process."""
+    with warnings.catch_warnings(), causes():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no accident
+        dcp.load(tensors, storage_reader=reader, process_group=group())
 
 
 def check_model(path: Path, stored: dict[str, Any], module: nn.Module, here: dict[str, Any]) -> None:
@@ -166,7 +171,7 @@ def crc32_of_state(state: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _causes() -> Iterator[None]:
+def causes() -> Iterator[None]:
     """DCP wraps what went wrong in a process, in a BaseException; this raises the cause itself (a full disk, say)."""
     try:
         yield

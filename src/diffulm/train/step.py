@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .. import runtime
 from ..denoiser import HFDenoiser
 from ..layout import Rows
 from ..objective import LEVEL_BINS, diffusion_loss
 from .config import TrainConfig
+from .group import rank_and_world
 from .optim import set_rate
 
 
@@ -27,19 +27,29 @@ class Batches(Protocol):
 
 
 @contextmanager
-def prefetched(make: Callable[[int], list[Rows]], steps: int) -> Iterator[Callable[[int], list[Rows]]]:
+def prefetched(
+    make: Callable[[int], list[Rows]], steps: int, device: torch.device | None = None
+) -> Iterator[Callable[[int], list[Rows]]]:
     """`make` for steps asked for in order, the next one's batch being made by a thread while a step runs.
 
     A batch is a function of its number alone, so when and where it is made changes nothing. What `make` raises is
-    raised where its batch is asked for. Nothing is made beyond `steps`, and at the end the thread is gone.
+    raised where its batch is asked for. Nothing is made beyond `steps`, and at the end the thread is gone. For a CUDA
+    `device` batches are pinned by the thread, so that the step's copies to the GPU wait for nothing.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
     ahead: dict[int, Future[list[Rows]]] = {}
 
+    def ready(n: int) -> list[Rows]:
+        micros = make(n)
+        if device is None or device.type != "cuda":
+            return micros
+        with torch.cuda.device(device):  # a new thread is on the first GPU, where pinning would open a context
+            return [rows.pinned() for rows in micros]
+
     def rows(n: int) -> list[Rows]:
-        now = ahead.pop(n, None) or thread.submit(make, n)
+        now = ahead.pop(n, None) or thread.submit(ready, n)
         if n + 1 < steps:
-            ahead[n + 1] = thread.submit(make, n + 1)
+            ahead[n + 1] = thread.submit(ready, n + 1)
         return now.result()
 
     try:
@@ -78,7 +88,7 @@ def train_step(
     """
     device = next(denoiser.parameters()).device
     torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, where a parent has it
-    world = runtime.rank_and_world()[1]
+    world = rank_and_world()[1]
     totals = torch.tensor(
         [sum(rows.maskable if normalisation == "nelbo" else rows.noised for rows in micros)], dtype=torch.float64
     )
@@ -125,7 +135,7 @@ def any_rank(flags: list[bool]) -> list[bool]:
 
 def all_reduce(values: torch.Tensor) -> None:
     """Sum over the ranks, in place. On the CPU (gloo): the GPU need not be waited for."""
-    if runtime.rank_and_world()[1] > 1:
+    if rank_and_world()[1] > 1:
         import torch.distributed as dist
 
         dist.all_reduce(values)

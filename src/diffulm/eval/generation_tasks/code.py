@@ -5,29 +5,29 @@ from __future__ import annotations
 import re
 
 from .. import extract
-from ..schemas import Record, _text, _texts
+from ..schemas import Record, check_text, check_texts
 from .task import Generation
 
 _BLOCK = re.compile(r"```(?:python)?\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def _human(r: Record) -> Record:
-    _text(r, "task_id", "prompt", "entry_point", "test")
+    check_text(r, "task_id", "prompt", "entry_point", "test")
     return r
 
 
 def _human_hole(r: Record) -> Record:
-    _text(r, "suffix", "canonical_solution")
+    check_text(r, "suffix", "canonical_solution")
     if not r["canonical_solution"].strip():
         raise ValueError("canonical_solution is empty")
     return _human(r)
 
 
 def _mbpp(r: Record) -> Record:
-    _text(r, "text", "code", "test_setup_code")
+    check_text(r, "text", "code", "test_setup_code")
     if type(r["task_id"]) is not int:
         raise TypeError("task_id must be a whole number")
-    tests = [test.replace("\r\n", "\n") for test in _texts(r["test_list"], "test_list", 3)]
+    tests = [test.replace("\r\n", "\n") for test in check_texts(r["test_list"], "test_list", 3)]
     return {**r, "code": r["code"].replace("\r\n", "\n"), "test_list": tests, "is_fewshot": True}
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import extract
-from ..schemas import Record, _text
+from ..schemas import Record, check_text
 from .task import Generation, shown_first
 
 _COT = "gsm8k/gsm8k-cot.yaml"
@@ -19,14 +19,14 @@ _ENDS = ["Q:", "\n\n", "</s>", "<|im_end|>"]
 
 
 def _gsm8k(r: Record) -> Record:
-    _text(r, "question", "answer")
+    check_text(r, "question", "answer")
     if extract.gsm8k_answer(r["answer"]) is None:
         raise ValueError("answer has no number")
     return r
 
 
 def _equations(r: Record) -> Record:
-    _text(r, "instruction", "output")
+    check_text(r, "instruction", "output")
     return _gsm8k({"question": r["instruction"], "answer": r["output"]})
 
 
@@ -38,18 +38,18 @@ def _solved(question: str, value: Any) -> Record:
 
 
 def _mawps(r: Record) -> Record:
-    _text(r, "input")
+    check_text(r, "input")
     return _solved(r["input"], r["target"])
 
 
 def _svamp(r: Record) -> Record:
-    _text(r, "Body", "Question")
+    check_text(r, "Body", "Question")
     body = r["Body"].rstrip()
     return _solved(f"{body}{'' if body.endswith('.') else '.'} {r['Question']}", r["Answer"])
 
 
 def _asdiv(r: Record) -> Record:
-    _text(r, "body", "question", "answer")
+    check_text(r, "body", "question", "answer")
     return {"question": f"{r['body']} {r['question']}", "answer": f"#### {r['answer'].split(' (')[0]}"}
 
 
@@ -96,7 +96,7 @@ _EXEMPLARS = [
 
 
 def _sat(r: Record) -> Record:
-    _text(r, "question", "label")
+    check_text(r, "question", "label")
     options = r["options"]
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) for o in options):
         raise TypeError("options must be a list of at least 2 texts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import extract
-from ..schemas import Record, _text
+from ..schemas import Record, check_text
 from .task import Generation, shown_first
 
 #: (numbers and target, a solution), by how many numbers are given.
@@ -24,7 +24,7 @@ _EXEMPLARS = {
 
 
 def _puzzle(r: Record) -> Record:
-    _text(r, "input", "output")
+    check_text(r, "input", "output")
     if not all(part.isdigit() for part in r["input"].split(",")) or r["input"].count(",") < 2:
         raise ValueError("input must be numbers and a target, comma separated")
     return r

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from .. import extract
-from ..schemas import Record, _text, _texts
+from ..schemas import Record, check_text, check_texts
 from .task import Generation
 
 
 def _trivia(r: Record) -> Record:
-    _text(r, "question")
-    _texts(r["answer"]["aliases"], "answer.aliases", 1)
-    _texts(r["answer"]["normalized_aliases"], "answer.normalized_aliases", 1)
+    check_text(r, "question")
+    check_texts(r["answer"]["aliases"], "answer.aliases", 1)
+    check_texts(r["answer"]["normalized_aliases"], "answer.normalized_aliases", 1)
     return r
 
 
 def _open(r: Record) -> Record:
-    _text(r, "question")
-    _texts(r["answer"], "answer", 1)
+    check_text(r, "question")
+    check_texts(r["answer"], "answer", 1)
     return r
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from .. import extract
 from ..measures import rouge
-from ..schemas import Record, _text, _within
+from ..schemas import Record, check_text, check_within
 from .task import Generation
 
 
 def _story(r: Record) -> Record:
-    _text(r, *(f"InputSentence{i}" for i in range(1, 5)))
-    right = _within(r["AnswerRightEnding"], ["1", "2"], "AnswerRightEnding")
-    _text(r, f"RandomFifthSentenceQuiz{right}")
+    check_text(r, *(f"InputSentence{i}" for i in range(1, 5)))
+    right = check_within(r["AnswerRightEnding"], ["1", "2"], "AnswerRightEnding")
+    check_text(r, f"RandomFifthSentenceQuiz{right}")
     return r
 
 

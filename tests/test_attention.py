@@ -1,0 +1,109 @@
+"""Attention in tiles against torch's own over everything: the same outputs and gradients, less computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import diffulm.attention
+from diffulm.attention import TILED, TiledAttention, attend
+from diffulm.denoiser import HFDenoiser
+from diffulm.layout import Block, Full, Rows
+
+from .families import random_model
+from .test_denoiser import MASK, L, V, batch_of, gradients
+from .test_flex import LATER, rows_of
+
+FAMILIES = ("llama", "qwen3", "gpt2", "gemma")
+
+
+def random_case(dtype: torch.dtype = torch.float64, heads: int = 4, shared: int = 4) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and a mask under which each of 300 rows sees itself and a tenth of the others."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, 300, 8, dtype=dtype, generator=draw).requires_grad_() for h in (heads, shared, shared))
+    seen = (torch.rand(2, 300, 300, generator=draw) < 0.1) | torch.eye(300, dtype=torch.bool)
+    seen[:, :150, 200:] = False  # some tiles are seen by nobody
+    seen[:, 150:, :20] = False
+    return [q, k, v], torch.zeros((), dtype=dtype).where(seen, torch.finfo(torch.float32).min)[:, None]
+
+
+@pytest.mark.parametrize("tile", [1, 37, 128, 512])
+def test_outputs_and_gradients_are_those_of_the_whole(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffulm.attention, "TILE", tile)
+    (q, k, v), mask = random_case()
+    ours, theirs = TiledAttention.apply(q, k, v, mask, 0.3), F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+    assert (ours - theirs).abs().max() < 1e-14
+    given = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), given) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_fewer_key_heads_and_wider_queries() -> None:
+    (q, k, v), mask = random_case(torch.float32, heads=6, shared=2)
+    ours, _ = attend(None, q, k, v, mask)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+    assert ours.shape == (2, 300, 6, 8) and (ours - theirs).abs().max() < 1e-5
+    assert attend(None, q, k, v.bfloat16(), mask)[0].dtype == torch.bfloat16, "as under autocast"
+
+
+def test_dropout_is_torchs_own() -> None:
+    (q, k, v), mask = random_case()
+    torch.manual_seed(3)
+    ours, _ = attend(None, q, k, v, mask, dropout=0.5)
+    torch.manual_seed(3)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=0.5).transpose(1, 2)
+    assert ours.equal(theirs) and not ours.equal(attend(None, q, k, v, mask)[0])
+
+
+def test_gradients_by_finite_differences() -> None:
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 2, 5, 3, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(3))
+    mask = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    mask[..., torch.arange(5)[:, None] < torch.arange(5)] = -1e30
+    assert torch.autograd.gradcheck(lambda *x: TiledAttention.apply(*x, mask, 0.5), (q, k, v))
+
+
+def test_only_columns_that_are_seen_are_computed() -> None:
+    """Block rows at their usual shape: less than half of all pairs."""
+    rows = Block(4, "launch").training_rows(batch_of([[512]], length=512))
+    mask = build("llama").attention_mask(rows)
+    R = rows.ids.shape[1]
+    computed = sum(len(range(R)[tile]) * len(columns) for tile, columns in diffulm.attention._tiles(mask))
+    assert R == 1151 and computed < 0.45 * R * R
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["block own", "block launch", "packed full"])
+def test_a_denoiser_trains_alike(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffulm.attention, "TILE", 5)
+    denoiser, rows = build(family), rows_of(name)
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for tiled in (False, True):
+        denoiser.tiled = tiled
+        nll = denoiser.nll(rows)
+        found.append((nll, gradients(denoiser.model, (nll * rows.weight).sum())))
+        assert (denoiser.config._attn_implementation == TILED) == tiled
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-10, atol=1e-10)
+    for key, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][key], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_chosen_in_training_on_a_cpu_where_pairs_are_hidden() -> None:
+    packed, denoiser = rows_of("block launch"), build("llama").train()
+
+    def how(rows: Rows) -> str:
+        denoiser.hidden(rows)
+        return str(denoiser.config._attn_implementation)
+
+    assert how(packed) == TILED
+    assert how(Full().training_rows(batch_of([[L], [L]]))) == "sdpa", "nothing is hidden"
+    assert how(Full("own").training_rows(batch_of([[L], [L]], annealed=LATER))) == "sdpa", "nearly nothing is"
+    denoiser.eval()
+    assert how(packed) == "sdpa"
+    assert TILED not in str(denoiser.config.to_dict()), "no checkpoint remembers it"
+
+
+def build(family: str) -> HFDenoiser:
+    return HFDenoiser(random_model(family, vocab=V, dtype=torch.float64, is_causal=False), MASK)
