@@ -343,6 +343,22 @@ def test_few_shots_and_sequential_draws(run: Run, checkpoint: Path, folder: Path
     assert report["tasks"][0]["truncated"] > 0, "two exemplars do not fit 64 tokens, and the report says so"
 
 
+def test_guidance_is_said_and_costs_two_forwards(run: Run, checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    def scored(*options: str) -> dict[str, Any]:
+        code, text, _ = run(
+            "eval", checkpoint, "--tasks", "boolq", "--data-dir", folder, "--dtype", "float32", "--device", "cpu",
+            "--draws", "8", "--json", "--out", tmp_path / "-".join(options), *options,
+        )  # fmt: skip
+        assert code == 0
+        return dict(json.loads(text))
+
+    plain, guided = scored(), scored("--guidance", "2")
+    assert "guidance" not in plain["settings"] and guided["settings"]["guidance"] == 2
+    assert guided["tasks"][0]["forwards"] == 2 * plain["tasks"][0]["forwards"]
+    page = (tmp_path / "--guidance-2/report.md").read_text()
+    assert "| Guidance of the model's likelihoods of options | 2.0 |" in page
+
+
 def test_what_cannot_be_evaluated(run: Run, checkpoint: Path, parent: Path, folder: Path, tmp_path: Path) -> None:
     def refused(words: str, *arguments: object) -> None:
         code, out, err = run("eval", *arguments)

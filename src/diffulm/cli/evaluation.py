@@ -70,6 +70,7 @@ def evaluate(
     limit: int | None = None,
     draws: int | None = None,
     confidence: float | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     fewshot: int | None = None,
     chat_template: bool = False,
@@ -96,6 +97,8 @@ def evaluate(
         limit: Documents of each task at most (of each subject of MMLU).
         draws: Masks per option (default 128) and per window of a text (default 8).
         confidence: Draw only until the best option is clear at this confidence, such as 0.99 (for accuracies).
+        guidance: Scale of guidance of the model's likelihoods by the context: 1 is none (full attention, two forwards
+            for each mask; not of written texts, never of the parent).
         seed: Seed of the masks, and of texts.
         fewshot: Exemplars in each prompt (default: none for likelihoods, each task's own number for written tasks).
         chat_template: Write the prompts in the tokenizer's chat template.
@@ -119,7 +122,7 @@ def evaluate(
     else:
         plan = Plan(
             tasks, data_dir, limit=limit, draws=draws, seed=seed, fewshot=fewshot, chat=chat_template,
-            confidence=confidence, how=writing.how(),
+            confidence=confidence, guidance=guidance, how=writing.how(),
         )  # fmt: skip
         run_evaluate(model, plan, parent, opening, **ending)
 

@@ -188,6 +188,8 @@ def blocks(report: Mapping[str, Any]) -> list[Block]:
     if report["texts"]:
         found += [Prose("Texts", "heading"), Table(TEXT_HEADER, text_rows(report)), Prose(_windows(report))]
     facts = [("Machine", report["machine"]), ("Precision", settings["dtype"]), *report["versions"].items()]
+    if "guidance" in settings:
+        facts.insert(0, ("Guidance of the model's likelihoods of options", settings["guidance"]))
     found += [Prose("Run", "heading"), Table(("", ""), [(str(a), str(b)) for a, b in facts])]
     return [*found, Prose(report["command"], "code")] if report["command"] else found
 
