@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from diffulm.attention import TILE
+from diffulm.attention import share_computed, tiles_of
 from diffulm.denoiser import HFDenoiser
-from diffulm.layout import Block, Full, NoisedBatch, Rows, visible
+from diffulm.layout import Block, Full, NoisedBatch, Rows
 from diffulm.runtime import parse_precision
 from train_step import MASK, build_model, texts
 
@@ -35,12 +35,6 @@ def rows_of(layout: Full | Block, length: int) -> Rows:
     group = layout.noise_groups(zeros) if isinstance(layout, Block) else zeros
     ids = x0.masked_fill(noised, MASK)
     return layout.training_rows(NoisedBatch(x0, ids, noised, maskable, noised.float(), zeros, yes, group))
-
-
-def share_computed(rows: Rows) -> float:
-    seen = visible(rows)[0]
-    R = len(seen)
-    return sum(len(seen[i : i + TILE]) * int(seen[i : i + TILE].any(0).sum()) for i in range(0, R, TILE)) / R**2
 
 
 def main() -> None:
@@ -64,10 +58,11 @@ def main() -> None:
             (denoiser.nll(rows) * rows.weight).sum().backward()
             if n:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
-    dense = seconds["block, dense"]
+    dense, mask = seconds["block, dense"], denoiser.attention_mask(block)
     result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "settings": vars(args), "rows": block.ids.shape[1], "share_of_pairs": round(share_computed(block), 3),
+        "settings": vars(args), "rows": block.ids.shape[1],
+        "share_of_pairs": round(share_computed(tiles_of(mask), mask), 3),
         "steps": {
             name: {
                 "seconds": round(statistics.median(took), 3),

@@ -20,6 +20,7 @@ from diffulm.convert import convert
 from diffulm.data.chat import Conversations, tokenise
 from diffulm.data.conversations import read_conversations
 from diffulm.data.sources import Source
+from diffulm.runtime import Precision
 from diffulm.sft import answer_share, sft, split_digits
 from diffulm.template import open_turn
 from diffulm.tokenizer import decode, encode, load_tokenizer, special_tokens
@@ -296,11 +297,13 @@ def test_a_held_out_question_ends_with_a_whole_block(parents: Any, monkeypatch: 
 
 def test_the_parents_answers_are_its_greedy_ones(parents: Any) -> None:
     """Behind the text that the child is given, against a loop without a cache."""
-    model = hub.load(parents["block"], device="cpu")
+    child, prompts = load_tokenizer(parents["block"]), ("Is 3 odd?", "Name a")
     stock, tokenizer = hub.load_parent(str(parents["ar"]))
-    special, found = special_tokens(tokenizer), answers.answer_prompts_by_parent(model, ("Is 3 odd?", "Name a"), 6)
-    for prompt, entry in zip(("Is 3 odd?", "Name a"), found, strict=True):
-        turn = open_turn(model.tokenizer, [{"role": "user", "content": prompt}])
+    special, found = special_tokens(tokenizer), answers.answer_prompts_by_parent(
+        str(parents["ar"]), child, prompts, 6, device=torch.device("cpu"), precision=Precision(torch.float32)
+    )  # fmt: skip
+    for prompt, entry in zip(prompts, found, strict=True):
+        turn = open_turn(child, [{"role": "user", "content": prompt}])
         ids = [special.bos, *encode(tokenizer, turn.context)]
         ends, new = {special.bos, special.eos, *encode(tokenizer, turn.end)}, list[int]()
         with torch.no_grad():
@@ -312,11 +315,13 @@ def test_the_parents_answers_are_its_greedy_ones(parents: Any) -> None:
 def test_a_parent_that_is_not_here_is_left_out_aloud(parents: Any, tmp_path: Path) -> None:
     moved = shutil.copytree(parents["full"], tmp_path / "child")
     config = json.loads((moved / "config.json").read_text())
-    config["diffusion"]["parent"] = str(tmp_path / "gone")
-    (moved / "config.json").write_text(json.dumps(config))
-    said: list[str] = []
-    report = sft(recipe_of(moved, talks(tmp_path / "talks.jsonl")), tmp_path / "run", say=said.append)
-    assert "parent" not in report["answers"] and any("AR parent's answers are left out" in line for line in said)
+    for parent, why in ((tmp_path / "gone", "gone"), (parents["full"], "is a diffusion model itself")):
+        config["diffusion"]["parent"] = str(parent)
+        (moved / "config.json").write_text(json.dumps(config))
+        said: list[str] = []
+        report = sft(recipe_of(moved, talks(tmp_path / "talks.jsonl")), tmp_path / why[:4], say=said.append)
+        assert "parent" not in report["answers"]
+        assert any("AR parent's answers are left out" in line and why in line for line in said)
 
 
 def test_exact_match_and_where_answers_end() -> None:

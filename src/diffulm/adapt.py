@@ -216,7 +216,9 @@ _ARMS = {"parent": "parent", "before": "init", "after": "model", "parent_continu
 def score(run: Run, what: str, windows: list[Window], *, draws: int) -> Estimate:
     """Likelihood of the held-out windows under one of the four models; computed once, then read.
 
-    By all processes together, over a sharded model: one process need not hold it.
+    By all processes together over a sharded model, so that none need hold it; each runs all windows, which saves
+    memory and no time. Under autocast sharding rounds the weights of norms, so a score depends a little on whether it
+    was taken by one process or several.
     """
     stored = on_first_rank(lambda: read_state(run.out).get(what))
     if stored:
@@ -226,7 +228,8 @@ def score(run: Run, what: str, windows: list[Window], *, draws: int) -> Estimate
     causal = what.startswith("parent")
     folder = on_first_rank(lambda: parent_folder(run)) if what == "parent" else run.out / _ARMS[what]
     run.say(f"scoring {what.replace('_', ' ')} on {len(windows)} held-out windows")
-    on_first_rank(lambda: training_precision(run))  # measured by one process for all
+    # Measured by one process for all.
+    on_first_rank(lambda: None if "dtype" in read_state(run.out) else training_precision(run))
     denoiser, _, special = open_arm(run, folder, causal=causal)
     parallelize(denoiser, denoiser.precision, compile=False, folder=folder, device=run.device)
     layout, process = (Causal(), None) if causal else diffusion_of(run, special)

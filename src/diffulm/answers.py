@@ -22,6 +22,7 @@ from .hub import Model, load_parent
 from .layout import Denoiser, Layout
 from .process import MaskedDiffusion
 from .render import duration
+from .runtime import Precision
 from .sampling import Draw, EndOfText
 from .sampling.chat import Chat
 from .sampling.fill import completions, filled, unmask
@@ -109,21 +110,25 @@ def answer_prompts(model: Model, prompts: Sequence[str], max_tokens: int, steps:
     return out
 
 
-def answer_prompts_by_parent(model: Model, prompts: Sequence[str], max_tokens: int) -> list[dict[str, str]]:
+def answer_prompts_by_parent(
+    parent: str, child: Any, prompts: Sequence[str], max_tokens: int, *, device: torch.device, precision: Precision
+) -> list[dict[str, str]]:
     """The AR parent's greedy answers, from left to right, to the text that the child is given.
 
-    ValueError where the parent that the checkpoint names is not on this machine: it is not fetched for this.
+    Args:
+        parent: model reference; ValueError where it is not on this machine: it is not fetched for this.
+        child: tokenizer of the diffusion model, whose chat template is asked.
     """
-    stock, tokenizer = load_parent(model.parent, offline=True)
-    denoiser = HFDenoiser(stock.to(model.device).eval(), None)
+    stock, tokenizer = load_parent(parent, dtype=precision.weights, offline=True)
+    denoiser = HFDenoiser(stock.to(device).eval(), None, precision=precision)
     special = special_tokens(tokenizer)
-    turns = [open_turn(model.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
+    turns = [open_turn(child, [{"role": "user", "content": prompt}]) for prompt in prompts]
     # A template of the fine-tune's own may end answers with a token that the parent does not have.
     ends = {special.eos, special.bos, *(ids[0] for t in turns if len(ids := encode(tokenizer, t.end)) == 1)}
     contexts = [[special.bos, *encode(tokenizer, turn.context)] for turn in turns]
     new = continue_ids(
         denoiser, contexts, [max_tokens] * len(prompts), draw=Draw(0.0), seeds=[0] * len(prompts),
-        finished=lambda sample, ids: ids[-1] in ends, device=model.device,
+        finished=lambda sample, ids: ids[-1] in ends, device=device,
     )  # fmt: skip
     texts = [decode(tokenizer, ids[:-1] if ids and ids[-1] in ends else ids) for ids in new]
     return [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import TILED, attend
+from .attention import TILED, WORTH, attend, share_computed, tiles_of
 from .layout import NOISY, Denoiser, Held, Pattern, Rows, visible
 from .rows import flex_mask
 from .runtime import Precision
@@ -36,7 +36,8 @@ class HFDenoiser(nn.Module):
 
     `flex`: whether masked attention runs by FlexAttention; None: in training on CUDA, where the class can. There a
     dense B x R x R mask is large and keeps the fast kernels away, and shapes are few: each is compiled once.
-    `tiled`: the same for `attention.attend`; None: in training on CPUs, where the class runs torch's SDPA.
+    `tiled`: the same for `attention.attend`; None: in training on CPUs, where the class runs torch's SDPA and enough
+    pairs of rows are hidden.
     """
 
     flex: bool | None = None
@@ -57,7 +58,9 @@ class HFDenoiser(nn.Module):
         self.precision = precision or Precision(next(model.parameters()).dtype)
         config: Any = model.config
         self.config: Any = config
-        self._dense: str = config._attn_implementation
+        # An earlier denoiser of this model may have left one of its own.
+        ours = config._attn_implementation in (TILED, "flex_attention")
+        self._dense: str = "sdpa" if ours else config._attn_implementation
         _know_tiles()
         # Padding comes from lengths. With pad = EOS, a padding index would deny the end of text its gradient.
         self.model.get_input_embeddings().padding_idx = None  # type: ignore[operator]
@@ -109,10 +112,12 @@ class HFDenoiser(nn.Module):
         kwargs: dict[str, Any] = {"position_ids": rows.position} if self._takes_positions else {}
         mask = self.attention_mask(rows, None if cache is None else cache.held)
         how = self._dense if mask is None or isinstance(mask, Tensor) else "flex_attention"
-        if isinstance(mask, Tensor) and cache is None and self._tiles(rows):
+        if isinstance(mask, Tensor) and cache is None and self._tiles(mask):
             how = TILED
         if self.config._attn_implementation != how:
             self.model.set_attn_implementation(how)  # type: ignore[operator]
+            if how == TILED and self.config._attn_implementation != how:
+                self.tiled = False  # a class with attention of its own: ask no more
         if cache is not None:
             cache.keys_and_values.keep = rows.keep
             kwargs["past_key_values"] = cache.keys_and_values
@@ -161,12 +166,14 @@ class HFDenoiser(nn.Module):
         able = bool(getattr(self.model, "_supports_flex_attn", False)) and not dropout
         return device.type == "cuda" and self.training and able
 
-    def _tiles(self, rows: Rows) -> bool:
-        if self.tiled is not None:
-            return self.tiled
-        # While attention is annealed nearly every pair is seen: nothing to skip.
-        able = self._dense == "sdpa" and rows.annealed is None
-        return rows.ids.device.type == "cpu" and self.training and able
+    def _tiles(self, mask: Tensor) -> bool:
+        """Whether attention runs in tiles under a dense mask, which then has them as `tiles`."""
+        here = mask.device.type == "cpu" and self.training and self._dense == "sdpa"
+        if self.tiled is False or not (self.tiled or here):
+            return False
+        tiles = tiles_of(mask)
+        mask.tiles = tiles  # type: ignore[attr-defined]  # every layer gets this very tensor
+        return bool(self.tiled) or share_computed(tiles, mask) < WORTH
 
     def _suppressed(self, rows: Rows) -> Tensor | None:
         """Which wanted rows must not predict the mask token, bool (N,); None: no row, or no need to ask."""
@@ -198,9 +205,15 @@ class Cache:
 
 
 def _know_tiles() -> None:
-    from transformers import AttentionInterface
+    """Tell transformers of `attend`, and that under its name masks are made as for SDPA."""
+    from functools import partial
 
-    AttentionInterface.register(TILED, attend)
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(TILED, partial(attend, otherwise=sdpa_attention_forward))
+    AttentionMaskInterface.register(TILED, sdpa_mask)
 
 
 def _keys_and_values() -> Any:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import adapters, hub, released, runtime
 from .answers import (
     Answered,
@@ -27,7 +29,7 @@ from .answers import (
     response_bound,
     write_sft_report,
 )
-from .data.chat import Answers, Conversations, tokenise
+from .data.chat import Answers, Conversations, tokenise, with_common_mean
 from .data.conversations import read_conversations
 from .denoiser import HFDenoiser
 from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, shares, training_precision
@@ -247,15 +249,20 @@ def answers(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
 
 def parents_answers(run: Run) -> dict[str, Any]:
     """{"parent": the AR parent's answers to the recipe's prompts} where it is on this machine, computed once; or {}."""
-    stored, settings = read_state(run.out).get("answers_parent"), run.recipe.eval
+    stored, settings, init = read_state(run.out).get("answers_parent"), run.recipe.eval, run.out / "init"
     if stored is None and settings.prompts:
+        parent = str(runtime.read_json(init / "config.json")["diffusion"].get("parent", ""))
         try:
-            stored = {
-                "prompts": answer_prompts_by_parent(open_result(run, "before"), settings.prompts, settings.max_tokens)
-            }
-        except ValueError as error:
+            if is_diffusion(parent, offline=True):
+                raise ValueError(f"{parent} is a diffusion model itself")
+            rows = answer_prompts_by_parent(
+                parent, load_tokenizer(init), settings.prompts, settings.max_tokens, device=run.device,
+                precision=training_precision(run),
+            )  # fmt: skip
+        except (ValueError, torch.OutOfMemoryError) as error:
             run.say(f"the AR parent's answers are left out: {error}")
             return {}
+        stored = {"prompts": rows}
         write_state(run.out, answers_parent=stored)
     return {} if stored is None else {"parent": stored}
 
@@ -276,6 +283,7 @@ def train_stage(run: Run, stores: Stores, requests: list[Answered]) -> None:
         denoiser.to(run.device)
     run.say("fine-tuning" + (f" a LoRA of rank {recipe.sft.lora_rank}" if lora is not None else " all weights"))
     sequences = [cut(run, name, train_set, special) for name, (train_set, _) in stores.items()]
+    sequences = with_common_mean(sequences, shares(run, sequences))
     work = Work.of(recipe, noised=answer_share(run, sequences))
     few = requests[:: max(1, len(requests) // 6)][:6]
     made = fit(

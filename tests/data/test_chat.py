@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffulm.data.chat import Answers, Conversations, tokenise
+from diffulm.data.chat import Answers, Conversations, tokenise, with_common_mean
 from diffulm.data.conversations import Conversation, format_of, read_conversations
 from diffulm.data.loader import Loader, Mixture
 from diffulm.data.sources import Source
@@ -312,3 +312,17 @@ def test_the_loss_is_a_weighted_mean() -> None:
         assert total / count == pytest.approx(1, abs=1e-6) and int(made.extra.sum()) > 0
         behind, answer = int(made.extra.sum()) * weight, int(made.answers.sum())
         assert eos / total == pytest.approx(behind / (behind + answer), abs=1e-6)
+
+
+def test_a_token_weighs_the_same_in_every_source() -> None:
+    """Whatever the sources' lengths: one mean over the mixture, which is 1 over the tokens it is expected to draw."""
+    short, long = (
+        Conversations.cut(bare(*[(2, size)] * 6), 64, SP, eos_padding="window", eos_weight=0.1) for size in (4, 40)
+    )
+    assert short.mean_weight < long.mean_weight, "each by itself"
+    shares, made = (3.0, 1.0), with_common_mean([short, long], (3.0, 1.0))
+    found = [[q.weights(i)[q.read(i)[1]] for i in range(len(q))] for q in made]  # type: ignore[index]
+    assert {float(w.max()) for rows in found for w in rows} == {float(np.float32(1 / made[0].mean_weight))}
+    total = sum(share * np.mean([w.sum() for w in rows]) for share, rows in zip(shares, found, strict=True))
+    count = sum(share * np.mean([w.size for w in rows]) for share, rows in zip(shares, found, strict=True))
+    assert total / count == pytest.approx(1, rel=1e-6)

@@ -357,6 +357,8 @@ def test_guidance_is_said_and_costs_two_forwards(run: Run, checkpoint: Path, fol
     assert guided["tasks"][0]["forwards"] == 2 * plain["tasks"][0]["forwards"]
     page = (tmp_path / "--guidance-2/report.md").read_text()
     assert "| Guidance of the model's likelihoods of options | 2.0 |" in page
+    assert guided["model"]["kind"] == "guided score" and plain["model"]["kind"] == "NELBO"
+    assert "under guidance 2, which bounds no likelihood" in page and "scores are bounds" not in page
 
 
 def test_what_cannot_be_evaluated(run: Run, checkpoint: Path, parent: Path, folder: Path, tmp_path: Path) -> None:

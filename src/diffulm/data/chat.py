@@ -17,9 +17,8 @@ tokens, and the model has to say where in it the answer ends:
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +119,8 @@ class Conversations:
     `extra` the EOS behind them; `skipped` and `truncated` count what did not fit.
 
     With eos_weight 1 the loss of training is the bound per token. With another it is a weighted mean over tokens:
-    `weights` has mean 1 over all of them, so that sum / count remains a mean, and gradients keep their size.
+    `weights` has mean 1 over all that is trained on (of several sources: `with_common_mean`), so that sum / count
+    remains a mean, and gradients keep their size.
     """
 
     source: Answers
@@ -133,6 +133,7 @@ class Conversations:
     packs: list[NDArray[np.int64]] = field(repr=False)  # per sequence: its samples
     skipped: int = 0
     truncated: int = 0
+    mean_weight: float = 1.0  # what `weights` are divided by: their mean over all that is trained on
 
     @classmethod
     def cut(
@@ -191,10 +192,11 @@ class Conversations:
         sizes = 1 + source.contexts + answers + extra
         bins, count = best_fit(sizes[which], length)
         packs = np.split(np.argsort(bins, kind="stable"), np.cumsum(np.bincount(bins, minlength=count))[:-1])
-        return cls(
+        made = cls(
             source, length, special, eos_weight, which, answers[which], extra[which], packs,
             skipped=len(source) - len(which), truncated=int((long & fits).sum()),
         )  # fmt: skip
+        return with_common_mean([made], [1.0])[0]
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -219,12 +221,6 @@ class Conversations:
             maskable &= ids != self.special.mask  # natural occurrences of a reused mask token
         return ids, maskable, document, valid
 
-    @cached_property
-    def mean_weight(self) -> float:
-        """Mean over the tokens of all samples of 1 for the answer, `eos_weight` for the EOS behind it."""
-        answer, behind = int(self.answers.sum()), int(self.extra.sum())
-        return (answer + self.eos_weight * behind) / (answer + behind)
-
     def weights(self, index: int) -> NDArray[np.float32] | None:
         """Factor of each token's weight in the loss, float32 (length,), over the mean; None where all are 1."""
         if self.eos_weight == 1:
@@ -244,3 +240,16 @@ class Conversations:
             out.append((at, answer, behind, end))
             at = end
         return out
+
+
+def with_common_mean(sequences: Sequence[Conversations], shares: Sequence[float]) -> list[Conversations]:
+    """The sequences of a mixture with one mean of weights for all: a token weighs the same in every source.
+
+    shares: how often a sequence of each source is drawn, on any scale.
+    """
+    weighed = tokens = 0.0
+    for q, share in zip(sequences, shares, strict=True):
+        answer, behind = int(q.answers.sum()), int(q.extra.sum())
+        weighed += share * (answer + q.eos_weight * behind) / len(q)
+        tokens += share * (answer + behind) / len(q)
+    return [replace(q, mean_weight=weighed / tokens) for q in sequences]

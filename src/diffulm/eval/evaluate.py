@@ -119,7 +119,7 @@ def evaluate(
     left_out |= warned(leave_out(mine, theirs))
     guided = {} if plan.guidance is None else {"guidance": plan.guidance}
     report = {
-        "model": {"name": model, "kind": "NELBO", **loaded.config},
+        "model": {"name": model, "kind": "NELBO" if plan.guidance is None else "guided score", **loaded.config},
         "parent": None if parent is None else {"name": parent, "kind": "exact"},
         "settings": {
             "draws": plan.draws or DRAWS, "window_draws": plan.draws or WINDOW_DRAWS, "seed": plan.seed,

@@ -213,13 +213,19 @@ def draws_plots(report: Mapping[str, Any]) -> list[Block]:
 
 def _how(report: Mapping[str, Any]) -> str:
     s = report["settings"]
+    guidance = s.get("guidance")
     said = [
         f"Accuracy in per cent ± one standard error over documents, {s['fewshot']} shots, prompts of lm-eval"
         + (" in the chat template" if s["chat_template"] else "")
         + f"; documents from {'the Hub' if s['data'] == 'Hub' else 'local files'}"
         + (f", the first {s['limit']:,} of each task" if s["limit"] else "")
         + ". acc_norm divides the log-likelihood by characters.",
-        f"Diffusion scores are bounds in the count form, at most {s['draws']} masks an option, seed {s['seed']}"
+        (
+            "Diffusion scores are bounds in the count form"
+            if guidance is None
+            else f"Diffusion scores are of the count form under guidance {guidance:g}, which bounds no likelihood"
+        )
+        + f", at most {s['draws']} masks an option, seed {s['seed']}"
         + (f", stopped where the order was clear at {s['confidence']:.0%}" if s["confidence"] else "")
         + "; undecided: documents whose two best options lie within two standard errors of the masks.",
     ]

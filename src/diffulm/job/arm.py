@@ -56,7 +56,7 @@ def as_source(config: SourceConfig) -> Source:
 
 
 def open_arm(run: Run, folder: Path, *, causal: bool) -> tuple[HFDenoiser, Any, SpecialTokens]:
-    """(denoiser in float32, tokenizer, special tokens) of a checkpoint, for training or exact scoring.
+    """(denoiser in training's precision, tokenizer, special tokens) of a checkpoint, for training or scoring.
 
     Called by every process. Among several the denoiser has no weights before `train.parallel.parallelize`.
     """

@@ -70,7 +70,7 @@ def unmask(
         cache: "none" (a block checkpoint still uses its exact one), "prefix", "dual"; None: not even that.
         guidance: scale of classifier-free guidance by what the canvas gives (guidance.py).
 
-    Raises:
+    Raises, before the first step is asked for:
         ValueError: the canvas is longer than the model was trained on, or a cache or guidance is not for it.
     """
     checked(canvas, model.config)
@@ -82,7 +82,7 @@ def unmask(
             raise ValueError("guidance cannot decode from a cache; use cache none, or leave the guidance out")
         denoiser = Guided.by_canvas(denoiser, guidance, model.process.mask_token_id, canvas)
         kept = EverySample()
-    yield from denoise(
+    return denoise(
         denoiser, model.process, canvas, steps=steps_of_a_block(canvas, model.layout, block, steps, tokens),
         policy=policy_from_name(policy) if isinstance(policy, str) else policy, draw=draw, layout=model.layout,
         cache=kept, seeds=seeds, end=end, block=block, banned=banned,

@@ -88,16 +88,16 @@ def read_weights(denoiser: HFDenoiser, folder: Path, device: torch.device) -> No
     shards.fill(state, HuggingFaceStorageReader(str(folder)))
 
 
-def finished_weights(denoiser: HFDenoiser, final: Path, *, like: Path) -> dict[str, Tensor] | Path:
+def finished_weights(denoiser: HFDenoiser, folder: Path, *, like: Path) -> dict[str, Tensor] | Path:
     """The trained weights for `hub.save` on the first process: tensors, or among several processes a folder of files
-    beside `final`, of which each process wrote some. Called by every process.
+    beside `folder` (the arm's own), of which each process wrote some. Called by every process.
 
     like: the folder that the model was opened from. Where its files hold other pieces than the model, the first process
     gathers everything: transformers alone can cut the weights into those pieces.
     """
     if rank_and_world()[1] == 1 or keys_in(like, denoiser.model) is None:
         return {name.removeprefix("model."): value for name, value in full_model_state(denoiser).items()}
-    aside = final.with_name(f".{final.name}.weights.tmp")
+    aside = folder.with_name(f".{folder.name}.weights.tmp")
 
     def prepare() -> None:
         shutil.rmtree(aside, ignore_errors=True)
