@@ -1,6 +1,6 @@
 """The denoising of one text as an animated SVG (the picture of the README).
 
-python examples/picture.py runs/demo/model "def add(a, b):<hole:6>\\n" docs/denoising.svg
+python examples/picture.py runs/full/model "def add(a, b):<hole:6>\\n" docs/denoising.svg
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def usage() -> str:
     lines = [f"  {name:<9} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return (
         "usage: diffulm VERB ...   (diffulm VERB --help for its flags)\n\n" + "\n".join(lines)
-        + "\n\nexample: diffulm adapt smollm2-135m-instruct-q4 --minutes 5 --out runs/demo"
+        + "\n\nexample: diffulm adapt smollm2-135m-instruct-q4 --recipe smollm2-block --minutes 5 --out runs/demo"
     )  # fmt: skip
 
 

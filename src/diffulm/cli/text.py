@@ -72,7 +72,7 @@ def infill(
 ) -> None:
     """Fill the holes of a text: each <hole> takes --length tokens, <hole:N> takes N, <hole:auto> as many as fit best.
 
-    Example: diffulm infill runs/demo/model "def add(a, b):<hole:6> + b" --watch
+    Example: diffulm infill runs/full/model "def add(a, b):<hole:6> + b" --watch
 
     Args:
         model: Diffusion checkpoint: a folder or Hub id.

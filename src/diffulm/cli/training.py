@@ -30,7 +30,7 @@ def adapt(
 ) -> None:
     """Make a diffusion model of an AR model: convert, train, measure, report (the main job).
 
-    Example: diffulm adapt smollm2-135m-instruct-q4 --minutes 5 --out runs/demo
+    Example: diffulm adapt smollm2-135m-instruct-q4 --recipe smollm2-block --minutes 5 --out runs/demo
 
     The same command again resumes, or says that it is done.
 

@@ -87,7 +87,7 @@ def infill(
     if isinstance(model.layout, Block) and (any(p.strip() for p in text.pieces[1:]) or must or None in text.lengths):
         raise ValueError(
             "a checkpoint of the block layout does not see what stands after a hole; use generate, or a model with "
-            "full attention"
+            "full attention (recipe smollm2-cpu)"
         )
     bans = words.banned(model.tokenizer, must_not)
     spellings = [words.spellings(model.tokenizer, word, must_not) for word in must]
