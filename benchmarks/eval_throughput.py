@@ -9,35 +9,27 @@ an option's nats between them is printed too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 import diffulm
 from diffulm.eval.rate import diffusion_scorer
 from likelihood_estimators import documents
-from machine import describe
+from machine import describe, scoring_arguments
 
 #: Tokens a forward may hold: one sequence, and what `diffulm eval` takes.
 ALONE, TOGETHER = 1, 4096
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--tasks", default="piqa,copa")
-    parser.add_argument("--limit", type=int, default=4)
+    parser = scoring_arguments(__doc__, tasks="piqa,copa", limit=4)
     parser.add_argument("--draws", type=int, default=31)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -26,7 +26,6 @@ and the exact bound. With --pool 0 masks are unrestricted and the reference is o
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -47,7 +46,7 @@ from diffulm.eval.masks import Option, every_mask
 from diffulm.eval.rate import Rater, diffusion_scorer
 from diffulm.eval.tasks import TASKS
 from diffulm.runtime import generator
-from machine import describe
+from machine import describe, scoring_arguments
 
 COSTS = (4, 8, 16, 32, 64)
 MARK = 32
@@ -237,19 +236,13 @@ def ratios(curves: dict[str, list[tuple[float, float, float]]]) -> dict[str, dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--tasks", default="piqa,hellaswag,arc_easy")
-    parser.add_argument("--limit", type=int, default=100)
+    parser = scoring_arguments(__doc__, tasks="piqa,hellaswag,arc_easy", limit=100)
     parser.add_argument("--pool", type=int, default=16, help="even number of orders; 0: unrestricted masks")
     parser.add_argument("--reference", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=40, help="leave out documents with a longer option")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

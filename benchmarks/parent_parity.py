@@ -15,7 +15,6 @@ otherwise when it puts no start token in front, as it does for tokenizers that a
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from dataclasses import replace
@@ -31,7 +30,7 @@ from diffulm.denoiser import HFDenoiser
 from diffulm.eval import harness
 from diffulm.eval.rate import Rater, diffusion_scorer, parent_rater
 from diffulm.eval.tasks import TASKS
-from machine import describe
+from machine import describe, scoring_arguments
 
 
 class Started(HFLM):
@@ -84,16 +83,10 @@ def compare(name: str, folder: Path, limit: int, ours: Any, theirs: list[Any]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model")
+    parser = scoring_arguments(__doc__, tasks="all", limit=200)
     parser.add_argument("--parent")
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--tasks", default="all")
-    parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--length", type=int, default=1024, help="positions both sides use")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

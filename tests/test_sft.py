@@ -20,7 +20,6 @@ from diffulm.convert import convert
 from diffulm.data.chat import Conversations, tokenise
 from diffulm.data.conversations import read_conversations
 from diffulm.data.sources import Source
-from diffulm.runtime import Precision
 from diffulm.sft import answer_share, sft, split_digits
 from diffulm.template import open_turn
 from diffulm.tokenizer import decode, encode, load_tokenizer, special_tokens
@@ -300,7 +299,7 @@ def test_the_parents_answers_are_its_greedy_ones(parents: Any) -> None:
     child, prompts = load_tokenizer(parents["block"]), ("Is 3 odd?", "Name a")
     stock, tokenizer = hub.load_parent(str(parents["ar"]))
     special, found = special_tokens(tokenizer), answers.answer_prompts_by_parent(
-        str(parents["ar"]), child, prompts, 6, device=torch.device("cpu"), precision=Precision(torch.float32)
+        str(parents["ar"]), child, prompts, 6, device=torch.device("cpu"), dtype=torch.float32
     )  # fmt: skip
     for prompt, entry in zip(prompts, found, strict=True):
         turn = open_turn(child, [{"role": "user", "content": prompt}])

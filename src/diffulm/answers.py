@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ import numpy as np
 import torch
 
 from .data.chat import Answers
-from .denoiser import HFDenoiser
-from .eval.autoregress import continue_ids
+from .eval.autoregress import greedy
 from .eval.estimate import Request, Scorer
 from .eval.likelihood import ratio_stderr
 from .eval.page import Block, Prose, Table, keep
@@ -22,7 +20,6 @@ from .hub import Model, load_parent
 from .layout import Denoiser, Layout
 from .process import MaskedDiffusion
 from .render import duration
-from .runtime import Precision
 from .sampling import Draw, EndOfText
 from .sampling.chat import Chat
 from .sampling.fill import completions, filled, unmask
@@ -111,7 +108,7 @@ def answer_prompts(model: Model, prompts: Sequence[str], max_tokens: int, steps:
 
 
 def answer_prompts_by_parent(
-    parent: str, child: Any, prompts: Sequence[str], max_tokens: int, *, device: torch.device, precision: Precision
+    parent: str, child: Any, prompts: Sequence[str], max_tokens: int, *, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, str]]:
     """The AR parent's greedy answers, from left to right, to the text that the child is given.
 
@@ -119,19 +116,16 @@ def answer_prompts_by_parent(
         parent: model reference; ValueError where it is not on this machine: it is not fetched for this.
         child: tokenizer of the diffusion model, whose chat template is asked.
     """
-    stock, tokenizer = load_parent(parent, dtype=precision.weights, offline=True)
-    denoiser = HFDenoiser(stock.to(device).eval(), None, precision=precision)
-    special = special_tokens(tokenizer)
-    turns = [open_turn(child, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    # A template of the fine-tune's own may end answers with a token that the parent does not have.
-    ends = {special.eos, special.bos, *(ids[0] for t in turns if len(ids := encode(tokenizer, t.end)) == 1)}
-    contexts = [[special.bos, *encode(tokenizer, turn.context)] for turn in turns]
-    new = continue_ids(
-        denoiser, contexts, [max_tokens] * len(prompts), draw=Draw(0.0), seeds=[0] * len(prompts),
-        finished=lambda sample, ids: ids[-1] in ends, device=device,
-    )  # fmt: skip
-    texts = [decode(tokenizer, ids[:-1] if ids and ids[-1] in ends else ids) for ids in new]
-    return [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
+    stock, tokenizer = load_parent(parent, dtype=dtype, offline=True)
+    stock = stock.to(device).eval()
+    out = []
+    for prompt in prompts:
+        turn = open_turn(child, [{"role": "user", "content": prompt}])
+        end = encode(tokenizer, turn.end)
+        # A template of the fine-tune's own may end answers with a token that the parent does not have.
+        ends = end if len(end) == 1 else ()
+        out.append({"prompt": prompt, "answer": greedy(stock, tokenizer, turn.context, max_tokens, ends=ends)})
+    return out
 
 
 def answer_heldout(
@@ -239,7 +233,7 @@ def blocks(report: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None and not math.isnan(error) else "")
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _sides(answered: Mapping[str, Any], kind: str) -> list[tuple[str, list[dict[str, Any]]]]:

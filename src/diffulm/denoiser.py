@@ -61,7 +61,6 @@ class HFDenoiser(nn.Module):
         # An earlier denoiser of this model may have left one of its own.
         ours = config._attn_implementation in (TILED, "flex_attention")
         self._dense: str = "sdpa" if ours else config._attn_implementation
-        _know_tiles()
         # Padding comes from lengths. With pad = EOS, a padding index would deny the end of text its gradient.
         self.model.get_input_embeddings().padding_idx = None  # type: ignore[operator]
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
@@ -115,6 +114,8 @@ class HFDenoiser(nn.Module):
         if isinstance(mask, Tensor) and cache is None and self._tiles(mask):
             how = TILED
         if self.config._attn_implementation != how:
+            if how == TILED:
+                _know_tiles()
             self.model.set_attn_implementation(how)  # type: ignore[operator]
             if how == TILED and self.config._attn_implementation != how:
                 self.tiled = False  # a class with attention of its own: ask no more

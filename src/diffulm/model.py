@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from .denoiser import HFDenoiser
 from .layout import Full, layout_from_config
 from .process import MaskedDiffusion
 from .runtime import log
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 #: Of the `diffusion` dict; an older one is upgraded when it is opened.
 FORMAT = 1
@@ -25,7 +22,7 @@ class Model:
     """A loaded diffusion model. `config` is the checkpoint's `diffusion` dict, `parent` the model it came from."""
 
     denoiser: HFDenoiser
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     process: MaskedDiffusion
     config: dict[str, Any]
     name: str

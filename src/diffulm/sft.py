@@ -257,7 +257,7 @@ def parents_answers(run: Run) -> dict[str, Any]:
                 raise ValueError(f"{parent} is a diffusion model itself")
             rows = answer_prompts_by_parent(
                 parent, load_tokenizer(init), settings.prompts, settings.max_tokens, device=run.device,
-                precision=training_precision(run),
+                dtype=training_precision(run).weights,
             )  # fmt: skip
         except (ValueError, torch.OutOfMemoryError) as error:
             run.say(f"the AR parent's answers are left out: {error}")

@@ -75,9 +75,12 @@ def _keep(cache: Cache, samples: Sequence[int], device: torch.device | str) -> N
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> str:
-    """The parent's most probable continuation, token by token, through transformers."""
+def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int, *, ends: Sequence[int] = ()) -> str:
+    """The parent's most probable continuation, token by token, through transformers (any family), up to an
+    end-of-text or start token or one of `ends`.
+    """
     special = special_tokens(tokenizer)
+    stops = {special.eos, special.bos, *ends}
     ids = torch.tensor([[special.bos, *encode(tokenizer, prompt)]], device=model.device)
     with hub.quiet_transformers():
         out = model.generate(
@@ -86,9 +89,7 @@ def greedy(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> str:
             do_sample=False,
             max_new_tokens=max_tokens,
             pad_token_id=special.pad,
+            eos_token_id=sorted(stops),
         )
     new = out[0, ids.shape[1] :].tolist()
-    for end in (special.eos, special.bos):
-        if end in new:
-            new = new[: new.index(end)]
-    return decode(tokenizer, new)
+    return decode(tokenizer, new[: next((i for i, token in enumerate(new) if token in stops), len(new))])

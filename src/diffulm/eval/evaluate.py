@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, hub, runtime
-from ..runtime import log
 from . import generated, harness
 from .compare import by_draws, paired_texts, published, task_figures, text_figures, undecided
 from .generate import How, Writer
@@ -198,7 +197,7 @@ def warned(left_out: dict[str, int]) -> dict[str, int]:
     """Documents left out, by task, said aloud."""
     for name, count in left_out.items():
         if count:
-            log.warning("%s: left out on both sides because of the mask token: %d documents", name, count)
+            runtime.log.warning("%s: left out on both sides because of the mask token: %d documents", name, count)
     return left_out
 
 

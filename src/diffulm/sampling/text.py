@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..denoiser import HFDenoiser
-from ..layout import Layout, layout_from_config
+from ..model import Model as Opened
 from ..process import MaskedDiffusion
 from ..schedule import schedule_from_name
 from ..tokenizer import SpecialTokens, decode, encode, special_tokens
@@ -77,17 +77,6 @@ def generate(
     return texts[0] if isinstance(prompt, str) else texts
 
 
-class _Stock(NamedTuple):
-    """A plain transformers model as what `unmask` takes."""
-
-    denoiser: HFDenoiser
-    tokenizer: Any
-    process: MaskedDiffusion
-    config: dict[str, Any]
-    layout: Layout
-    device: torch.device
-
-
 def generate_ids(
     model: Any,
     input_ids: Tensor,
@@ -125,9 +114,8 @@ def generate_ids(
     count = next(n for n in asked if n is not None)
     denoiser = HFDenoiser(model.eval(), mask, mask_row_added=bool(diffusion.get("mask_row_added", True)))
     process = MaskedDiffusion(mask, schedule_from_name(diffusion["schedule"]), diffusion["t_min"])
-    layout = layout_from_config(diffusion)
-    own = _Stock(denoiser, None, process, diffusion, layout, input_ids.device)
-    canvas = completions(prompts, count, special, layout, int(diffusion["trained_length"])).to(input_ids.device)
+    own = Opened(denoiser, None, process, diffusion, "custom_generate")
+    canvas = completions(prompts, count, special, own.layout, int(diffusion["trained_length"])).to(input_ids.device)
     made = unmask(
         own, canvas, steps=count if steps is None else steps, tokens=count, policy=policy,
         draw=Draw(temperature, top_k, top_p), seeds=range(seed, seed + len(rows)), end=EndOfText(ends),
