@@ -523,3 +523,18 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     run(tmp_path, replace(CONFIG, steps=2, tensorboard=True))
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_failing_process_of_several_is_not_cut_off(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's SIGTERM meets the survivor of a killed process between its error and the line that says so."""
+    monkeypatch.setattr(loop, "rank_and_world", lambda: (0, world))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RuntimeError, match="broke"), loop._interruptions():
+            raise RuntimeError("broke")
+        assert (signal.getsignal(signal.SIGTERM) == before) == (world == 1)
+        if world > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)

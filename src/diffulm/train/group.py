@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +67,7 @@ def process_group(device: torch.device | None = None) -> Iterator[tuple[int, int
     try:
         yield rank, world
     except Exception as error:
+        _speak_first()
         # The group is left standing: to destroy it would make the others fail, and speak, before this one has spoken.
         if not _failed_first(store):
             raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
@@ -104,6 +106,13 @@ def _leave() -> None:
     dist.barrier()
     _waiting.clear()
     dist.destroy_process_group()
+
+
+def _speak_first() -> None:
+    """Ignore SIGTERM from here on: torchrun sends it when it sees another process dead, most likely while this one is
+    about to say so. Nothing outlives its error for long (torchrun kills after half a minute)."""
+    with contextlib.suppress(ValueError):  # not the main thread: signals go elsewhere
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _failed_first(store: Any) -> bool:

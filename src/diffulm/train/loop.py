@@ -224,6 +224,10 @@ def _interruptions() -> Iterator[list[int]]:
         before = {}
     try:
         yield received
+    except Exception:
+        if rank_and_world()[1] > 1:  # torchrun's SIGTERM, which follows, must not cut off what this process has to say
+            before.pop(signal.SIGTERM, None)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
