@@ -22,18 +22,18 @@ from diffulm.attention import share_computed, tiles_of
 from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Block, Full, NoisedBatch, Rows
 from diffulm.runtime import parse_precision
-from train_step import MASK, build_model, texts
+from sizes import SMALL, texts
 
 
 def rows_of(layout: Full | Block, length: int) -> Rows:
     """One sequence, half of its tokens noised."""
-    x0 = texts(0, 1, length)
+    x0 = texts(0, SMALL, 1, length)
     zeros, yes = torch.zeros_like(x0), torch.ones_like(x0, dtype=torch.bool)
     maskable = yes.clone()
     maskable[:, 0] = False
     noised = maskable & (torch.rand(x0.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
     group = layout.noise_groups(zeros) if isinstance(layout, Block) else zeros
-    ids = x0.masked_fill(noised, MASK)
+    ids = x0.masked_fill(noised, SMALL.mask)
     return layout.training_rows(NoisedBatch(x0, ids, noised, maskable, noised.float(), zeros, yes, group))
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=4)
     parser.add_argument("--dtype", default="autocast")
     args = parser.parse_args()
-    denoiser = HFDenoiser(build_model(), MASK, precision=parse_precision(args.dtype)).train()
+    denoiser = HFDenoiser(SMALL.build(), SMALL.mask, precision=parse_precision(args.dtype)).train()
     block = rows_of(Block(args.block_size, "launch", 0.5), args.length)
     contenders = {
         "block, dense": (block, False), "block, tiles": (block, True), "full": (rows_of(Full(), args.length), False)

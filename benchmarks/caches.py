@@ -17,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from diffulm.sampling import Canvas, Draw, DualCache, PrefixCache, agreement, de
 from diffulm.sampling.fill import steps_of_a_block
 from diffulm.tokenizer import SpecialTokens, encode, special_tokens
 from machine import describe
+from sizes import SMALL, texts
 
 KINDS: dict[str, Any] = {"no blocks": None, "uncached": None, "prefix": PrefixCache, "dual": DualCache}
 
@@ -75,21 +76,10 @@ def subject(args: argparse.Namespace) -> tuple[HFDenoiser, SpecialTokens, Any, l
         ids = encode(model.tokenizer, text[: 40 * args.prompt * args.batch], plain=True)
         prompts = [ids[b * args.prompt : (b + 1) * args.prompt] for b in range(args.batch)]
         return model.denoiser, special_tokens(model.tokenizer), model.layout, prompts
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    from train_step import HEADS, HIDDEN, KV, VOCAB, WIDTH
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=args.layers,
-        num_attention_heads=HEADS, num_key_value_heads=KV, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
-    config.is_causal = False
-    precision = parse_precision(args.dtype)
-    built = AutoModelForCausalLM.from_config(config, dtype=precision.weights).eval()
-    denoiser = HFDenoiser(built, VOCAB - 1, precision=precision)
-    drawn = torch.randint(3, VOCAB - 1, (args.batch, args.prompt), generator=torch.Generator().manual_seed(1))
-    return denoiser, SpecialTokens(1, 2, 2, VOCAB - 1), Full("previous"), drawn.tolist()
+    size, precision = replace(SMALL, layers=args.layers), parse_precision(args.dtype)
+    denoiser = HFDenoiser(size.build(dtype=precision.weights).eval(), size.mask, precision=precision)
+    drawn = texts(1, size, args.batch, args.prompt)
+    return denoiser, SpecialTokens(1, 2, 2, size.mask), Full("previous"), drawn.tolist()
 
 
 def measure(args: argparse.Namespace) -> dict[str, Found]:

@@ -42,9 +42,9 @@ from diffulm.sampling import (
     denoise,
 )
 from machine import describe
+from sizes import SMALL
 
-VOCAB = 49153
-MASK = VOCAB - 1
+VOCAB, MASK = SMALL.vocab, SMALL.mask
 GREEDY = Draw(0.0)
 #: Name, policy, draw. With the stub's predictions each reveals one token or few; only the last draws all of them.
 CASES: list[tuple[str, Policy, Draw]] = [
@@ -127,10 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    from train_step import build_model
-
     precision = parse_precision(args.dtype)
-    model = HFDenoiser(build_model().to(precision.weights).eval(), MASK, precision=precision)
+    model = HFDenoiser(SMALL.build(dtype=precision.weights).eval(), MASK, precision=precision)
     result: dict[str, Any] = {"machine": describe(), "dtype": args.dtype, "vocabulary": VOCAB, "rows": {}}
     for rows in args.rows:
         cases = measure(model, rows, args.rounds)

@@ -1,25 +1,34 @@
-"""Training step at SmolLM2-135M's shape: ours against the released code's structure and a plain HF Trainer.
+"""A training step: ours against the released code's structure, a plain HF Trainer, and a compiled AR step.
 
-    python benchmarks/train_step.py [--rounds 7] [--length 512] [--micro-batch 2] [--dtype autocast]
+    python benchmarks/train_step.py [--shape 135m] [--layers N] [--length 512] [--micro-batch 2] [--dtype autocast]
+        [--device cpu] [--rounds 7] [--only NAME ...] [--no-head]
+    python benchmarks/train_step.py --device cuda --length 2048 --micro-batch 8                     # 135M on a GPU
+    python benchmarks/train_step.py --device cuda --shape 7b --layers 24 --length 2048 --micro-batch 2 --no-head \\
+        --only "diffulm compiled" "AR compiled"                    # blocks of a 7B, as many as fit: its MFU
 
 One process, the same random weights, texts, dtype, threads and micro-batch for all; contenders take turns, so that a
 drift of the machine hits all alike. One step = one micro-batch forward and backward, clipping and one optimizer update
-(the least favourable case for us: everything that is not the model counts in full). Prints a table and JSON: tokens/s
-(median), the ratio to the naive step paired by round (median, minimum, maximum), and peak memory of head + loss, each
-measured in a process of its own.
+(the least favourable case for us: everything that is not the model counts in full). "AR compiled" is next-token
+training of the same model by transformers' own forward and loss, compiled as one graph, with fused AdamW: the speed
+that people are used to. It predicts at all rows where diffusion wants the noised half.
+
+Prints a table and JSON: tokens/s (median), ratios paired by round (median, minimum, maximum), TFLOP/s by the counted
+operations (`diffulm.train.flops`) and where the device's peak is known MFU, peak memory of CUDA; and of head + loss,
+times and peak memory, the latter measured in a process of its own (CPU only).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,95 +38,196 @@ from diffulm.denoiser import ChunkedNLL, HFDenoiser
 from diffulm.layout import Full, NoisedBatch
 from diffulm.objective import diffusion_loss
 from diffulm.process import MaskedDiffusion, stratified_levels
-from diffulm.runtime import parse_precision
+from diffulm.runtime import parse_precision, pick_device
 from diffulm.train.config import TrainConfig
+from diffulm.train.flops import Shape, Work, flops_per_token
+from diffulm.train.metrics import peak_flops
 from diffulm.train.optim import build_optimizers
 from diffulm.train.parallel import parallelize
-from naive import HFTrainerBaseline, NaiveTrainer, naive_head
+from machine import describe
+from naive import CLIP_NORM, HFTrainerBaseline, NaiveTrainer, naive_head
+from sizes import SIZES, Size, texts
 
-VOCAB, WIDTH, LAYERS, HIDDEN, HEADS, KV = 49153, 576, 30, 1536, 9, 3
-MASK = VOCAB - 1
-
-
-def build_model() -> Any:
-    """A random Llama of SmolLM2-135M's shape with one more row for the mask, bidirectional."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV, max_position_embeddings=8192, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-    )  # fmt: skip
-    config.is_causal = False
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+RATE = 1e-5
+NAIVE, AR = "naive (released structure)", "AR compiled"
 
 
-def texts(n: int, batch: int, length: int) -> torch.Tensor:
-    return torch.randint(3, MASK - 1, (batch, length), generator=torch.Generator().manual_seed(n))
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders share."""
+
+    size: Size
+    dtype: str
+    batch: int
+    length: int
+    device: torch.device
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.dtype == "autocast" else None
+
+    def texts(self, n: int) -> torch.Tensor:
+        return texts(n, self.size, self.batch, self.length)
 
 
-def ours(dtype: str, batch: int, length: int, *, compile: bool) -> Callable[[int], None]:
+Step = Callable[[int], None]
+
+
+def ours(at: Setting, *, compile: bool) -> Step:
     """One step of diffulm's own pieces, put together as `train_step` does."""
-    precision = parse_precision(dtype)
-    denoiser = parallelize(HFDenoiser(build_model(), MASK, precision=precision), precision, compile=compile)
-    (optimizer,) = build_optimizers(denoiser, TrainConfig(learning_rate=1e-5))
-    process, layout = MaskedDiffusion(MASK), Full()
+    precision = parse_precision(at.dtype)
+    model, mask = at.size.build().to(at.device), at.size.mask
+    denoiser = parallelize(HFDenoiser(model, mask, precision=precision), precision, compile=compile)
+    (optimizer,) = build_optimizers(denoiser, TrainConfig(learning_rate=RATE))
+    process, layout = MaskedDiffusion(mask), Full()
     denoiser.train()
 
     def step(n: int) -> None:
-        x0 = texts(n, batch, length)
+        x0 = at.texts(n)
         yes, zeros = torch.ones_like(x0, dtype=torch.bool), torch.zeros_like(x0)
         maskable = yes.clone()
         maskable[:, 0] = False
-        levels = stratified_levels(0, n * batch, batch, batch=batch)
-        ids, noised, weight = process.corrupt(x0, maskable, zeros, levels, list(range(n * batch, (n + 1) * batch)))
+        seeds = list(range(n * at.batch, (n + 1) * at.batch))
+        levels = stratified_levels(0, n * at.batch, at.batch, batch=at.batch)
+        ids, noised, weight = process.corrupt(x0, maskable, zeros, levels, seeds)
         rows = layout.training_rows(NoisedBatch(x0, ids, noised, maskable, weight, zeros, yes, zeros))
-        loss = diffusion_loss(denoiser, rows)
+        loss = diffusion_loss(denoiser, rows.to(at.device))
         (loss.sum / loss.count).backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def naive(dtype: str, batch: int, length: int) -> Callable[[int], None]:
-    autocast = torch.bfloat16 if dtype == "autocast" else None
-    trainer = NaiveTrainer(build_model(), MASK, autocast=autocast, lr=1e-5)
+def naive(at: Setting) -> Step:
+    trainer = NaiveTrainer(at.size.build().to(at.device), at.size.mask, autocast=at.autocast, lr=RATE)
 
     def step(n: int) -> None:
-        trainer.micro_batch(texts(n, batch, length))
+        trainer.micro_batch(at.texts(n))
         trainer.update()
 
     return step
 
 
-def head_memory(which: str, dtype: str, batch: int, length: int) -> int:
+def autoregressive(at: Setting) -> Step:
+    """Next-token training of the same model, as well as plain PyTorch and transformers do it."""
+    model = at.size.build(causal=True).to(at.device).train()
+    compiled = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+
+    def step(n: int) -> None:
+        ids = at.texts(n).to(at.device)
+        with torch.autocast(at.device.type, at.autocast, enabled=at.autocast is not None):
+            loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[Setting], Step]] = {
+    NAIVE: naive,
+    "diffulm eager": lambda at: ours(at, compile=False),
+    "diffulm compiled": lambda at: ours(at, compile=True),
+    AR: autoregressive,
+}
+
+
+def seconds_of(step: Step, n: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(n)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def step_times(at: Setting, names: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, by contender; they take turns, and their first two steps are not counted."""
+    steps = {name: CONTENDERS[name](at) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for n in range(rounds + 2):
+        for name, step in steps.items():
+            took = seconds_of(step, n, at.device)
+            if n >= 2:  # the first two build kernels and optimizer state
+                found[name].append(took)
+    return found
+
+
+def operations(at: Setting, name: str) -> float:
+    """Counted operations per token of text; the released structure's by what it needs to, not by what it does."""
+    with torch.device("meta"):
+        shape = Shape.of(at.size.build())
+    wanted = at.length - 1 if name == AR else at.length / 2
+    return flops_per_token(shape, Work(at.length, at.length, at.length**2, wanted))
+
+
+def ratios(base: list[float], values: list[float]) -> tuple[float, str]:
+    """How much faster than `base`: median and range by round, or of the medians where they did not take turns."""
+    if len(base) != len(values):
+        return statistics.median(base) / statistics.median(values), "not paired"
+    paired = [a / b for a, b in zip(base, values)]
+    return statistics.median(paired), f"{min(paired):.2f}..{max(paired):.2f}"
+
+
+def step_table(at: Setting, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Print tokens/s and ratios; the same as JSON has it."""
+    peak = peak_flops(at.device)
+    out: dict[str, Any] = {}
+    against = [name for name in (NAIVE, AR) if name in seconds]
+    print(f"{'step':<28} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>6}  " + ", ".join(f"ratio to {n}" for n in against))
+    for name, values in seconds.items():
+        speed = at.batch * at.length / statistics.median(values)
+        done = speed * operations(at, name)
+        row: dict[str, Any] = {"tokens_per_second": speed, "flops": done, "seconds": values}
+        if peak:
+            row["mfu"] = done / peak
+        texts = []
+        for base in against:
+            ratio, spread = ratios(seconds[base], values)
+            row[f"ratio to {base}"] = ratio
+            texts.append(f"{ratio:.2f} ({spread})")
+        share = f"{done / peak:6.1%}" if peak else f"{'-':>6}"
+        print(f"{name:<28} {speed:9.0f} {done / 1e12:8.3f} {share}  " + ", ".join(texts))
+        out[name] = row
+    return out
+
+
+def head_inputs(at: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(hidden, weight, labels, mask) as the head of a step gets them."""
+    hidden = torch.randn(at.batch, at.length, at.size.width, dtype=at.autocast or torch.float32, requires_grad=True)
+    weight = torch.randn(at.size.vocab, at.size.width).mul_(0.02).requires_grad_()
+    return hidden, weight, at.texts(0), torch.rand(at.batch, at.length) < 0.5
+
+
+def head_memory(which: str, at: Setting) -> int:
     """Bytes by which peak memory grows over forward and backward of head + loss.
 
     Weight and inputs exist before. The weight's gradient (V x D float32, a fixed state of training: it becomes
     weight.grad) is counted here and subtracted by the caller, for both sides.
     """
-    kind = torch.bfloat16 if dtype == "autocast" else torch.float32
-    hidden = torch.randn(batch, length, WIDTH, dtype=kind, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH).mul_(0.02).requires_grad_()
-    labels, mask = texts(0, batch, length), torch.rand(batch, length) < 0.5
+    hidden, weight, labels, mask = head_inputs(at)
     small = torch.randn(64, 64)
     (small @ small).sum()
     # getrusage would report the peak of the process this one was forked from; Linux can start its own count anew.
     Path("/proc/self/clear_refs").write_text("5")
     before = _peak_kilobytes()
     if which == "naive":
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            loss = naive_head(hidden, weight, labels, mask, torch.full((batch,), 0.5))
+        with torch.autocast("cpu", at.autocast, enabled=at.autocast is not None):
+            loss = naive_head(hidden, weight, labels, mask, torch.full((at.batch,), 0.5))
     else:
         from types import SimpleNamespace
 
         rows = mask.flatten().nonzero()[:, 0]
         picked = hidden.flatten(0, 1)[rows]
         everywhere = torch.ones(len(rows), dtype=torch.bool)
-        nll = ChunkedNLL.apply(picked, weight, None, labels.flatten()[rows], everywhere, MASK, SimpleNamespace())
+        nll = ChunkedNLL.apply(
+            picked, weight, None, labels.flatten()[rows], everywhere, at.size.mask, SimpleNamespace()
+        )
         loss = nll.sum() / labels.numel()
     loss.backward()
     return (_peak_kilobytes() - before) * 1024
@@ -128,35 +238,32 @@ def _peak_kilobytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def head_times(dtype: str, batch: int, length: int, rounds: int) -> dict[str, float]:
-    """Median seconds of head + loss, forward and backward, four ways, in turns."""
+def head_times(at: Setting, rounds: int) -> dict[str, float]:
+    """Median seconds of head + loss, forward and backward, four ways, in turns; on the CPU."""
     from types import SimpleNamespace
 
-    kind = torch.bfloat16 if dtype == "autocast" else torch.float32
-    hidden = torch.randn(batch, length, WIDTH, dtype=kind, requires_grad=True)
-    weight = torch.randn(VOCAB, WIDTH).mul_(0.02).requires_grad_()
-    labels, mask = texts(0, batch, length), torch.rand(batch, length) < 0.5
+    hidden, weight, labels, mask = head_inputs(at)
     rows = mask.flatten().nonzero()[:, 0]
     target, everywhere = labels.flatten()[rows], torch.ones(len(rows), dtype=torch.bool)
-    column = torch.zeros(VOCAB).index_fill_(0, torch.tensor([MASK]), float("-inf"))
+    column = torch.zeros(at.size.vocab).index_fill_(0, torch.tensor([at.size.mask]), float("-inf"))
 
     def released() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            return naive_head(hidden, weight, labels, mask, torch.full((batch,), 0.5))
+        with torch.autocast("cpu", at.autocast, enabled=at.autocast is not None):
+            return naive_head(hidden, weight, labels, mask, torch.full((at.batch,), 0.5))
 
     def plain() -> torch.Tensor:
-        logits = hidden.flatten(0, 1)[rows] @ weight.to(kind).T
+        logits = hidden.flatten(0, 1)[rows] @ weight.to(hidden.dtype).T
         return torch.nn.functional.cross_entropy(logits.float() + column, target, reduction="sum")
 
     def fused() -> torch.Tensor:
         return torch.nn.functional.linear_cross_entropy(
-            hidden.flatten(0, 1)[rows], weight.to(kind), target, linear_bias=column.to(kind), reduction="sum",
-            options=torch.nn.LinearCrossEntropyOptions(),
+            hidden.flatten(0, 1)[rows], weight.to(hidden.dtype), target, linear_bias=column.to(hidden.dtype),
+            reduction="sum", options=torch.nn.LinearCrossEntropyOptions(),
         )  # fmt: skip
 
     def chunked() -> torch.Tensor:
         picked = hidden.flatten(0, 1)[rows]
-        return ChunkedNLL.apply(picked, weight, None, target, everywhere, MASK, SimpleNamespace()).sum()
+        return ChunkedNLL.apply(picked, weight, None, target, everywhere, at.size.mask, SimpleNamespace()).sum()
 
     ways = {
         "released: all rows, full logits": released, "masked rows, full logits": plain,
@@ -173,64 +280,61 @@ def head_times(dtype: str, batch: int, length: int, rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--micro-batch", type=int, default=2)
-    parser.add_argument("--dtype", choices=("autocast", "float32"), default="autocast")
-    parser.add_argument("--head", choices=("naive", "ours"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    B, L = args.micro_batch, args.length
-    if args.head:
-        print(head_memory(args.head, args.dtype, B, L))
-        return
-    contenders: dict[str, Callable[[int], None]] = {
-        "naive (released structure)": naive(args.dtype, B, L),
-        "diffulm eager": ours(args.dtype, B, L, compile=False),
-        "diffulm compiled": ours(args.dtype, B, L, compile=True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for n in range(args.rounds + 2):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step(n)
-            if n >= 2:  # the first two build kernels and optimizer state
-                seconds[name].append(time.perf_counter() - start)
-    contenders.clear()
-    trainer = HFTrainerBaseline(build_model(), MASK, bf16=args.dtype == "autocast", batch_size=B, lr=1e-5)
-    steps = max(3, args.rounds // 2)
-    trainer.run(list(texts(0, B * (steps + 2), L)), steps, warmup=2)
-    seconds["HF Trainer (own turn)"] = list(trainer.step_seconds)
-    base = seconds["naive (released structure)"]
-    result: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "dtype": args.dtype, "micro_batch": B, "length": L, "steps": {},
-    }  # fmt: skip
-    print(f"{'step':<28} {'tokens/s':>9}  ratio to naive (median, min..max by round)")
-    for name, values in seconds.items():
-        paired = [a / b for a, b in zip(base, values)]
-        median = statistics.median(paired) if len(values) == len(base) else statistics.median(base) / statistics.median(values)  # fmt: skip  # noqa: E501
-        speed = B * L / statistics.median(values)
-        spread = f"{min(paired):.2f}..{max(paired):.2f}" if len(values) == len(base) else "not paired"
-        print(f"{name:<28} {speed:9.0f}  {median:.2f} ({spread})")
-        result["steps"][name] = {"tokens_per_second": speed, "ratio": median, "seconds": values}
+def head_report(at: Setting, rounds: int, command: list[str]) -> dict[str, Any]:
+    """Print memory and times of head + loss; the same as JSON has it."""
     memory = {}
     for which in ("naive", "ours"):
-        command = [sys.executable, __file__, "--head", which, "--dtype", args.dtype]
-        command += ["--length", str(L), "--micro-batch", str(B)]
-        memory[which] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    gradient = VOCAB * WIDTH * 4
+        done = subprocess.run([*command, "--head", which], capture_output=True, text=True, check=True)
+        memory[which] = int(done.stdout)
+    gradient = at.size.vocab * at.size.width * 4
     above = {which: value - gradient for which, value in memory.items()}
     for which, value in memory.items():
         print(f"head + loss, {which}: {above[which] / 1e6:.0f} MB above the weight gradient, {value / 1e6:.0f} with it")
     print(
         f"memory ratio {above['ours'] / above['naive']:.3f} ({memory['ours'] / memory['naive']:.3f} with the gradient)"
     )
-    result["head_memory_bytes"] = memory
-    result["head_seconds"] = head_times(args.dtype, B, L, args.rounds)
-    for name, value in result["head_seconds"].items():
-        print(f"head + loss, {name}: {value * 1e3:.0f} ms")
+    times = head_times(at, rounds)
+    for name, took in times.items():
+        print(f"head + loss, {name}: {took * 1e3:.0f} ms")
+    return {"head_memory_bytes": memory, "head_seconds": times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shape", choices=tuple(SIZES), default="135m")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--dtype", choices=("autocast", "float32"), default="autocast")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", choices=tuple(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--no-head", action="store_true", help="leave out head + loss and the HF Trainer")
+    parser.add_argument("--head", choices=("naive", "ours"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    size = SIZES[args.shape]
+    size = replace(size, layers=args.layers or size.layers)
+    at = Setting(size, args.dtype, args.micro_batch, args.length, pick_device(args.device))
+    if args.head:
+        print(head_memory(args.head, at))
+        return
+    seconds = step_times(at, args.only, args.rounds)
+    result: dict[str, Any] = {"machine": describe(), "arguments": {k: v for k, v in vars(args).items() if k != "head"}}
+    if at.device.type == "cuda":
+        result["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+        print(f"peak memory of all of them together: {result['cuda_peak_bytes'] / 1e9:.1f} GB")
+    gc.collect()  # the contenders are gone, and so are their weights
+    if not args.no_head and at.device.type == "cpu":
+        bf16 = at.autocast is not None
+        trainer = HFTrainerBaseline(size.build(), size.mask, bf16=bf16, batch_size=at.batch, lr=RATE)
+        steps = max(3, args.rounds // 2)
+        trainer.run(list(texts(0, size, at.batch * (steps + 2), at.length)), steps, warmup=2)
+        seconds["HF Trainer (own turn)"] = list(trainer.step_seconds)
+    result["steps"] = step_table(at, seconds)
+    if not args.no_head and at.device.type == "cpu":
+        command = [sys.executable, __file__, "--shape", args.shape, "--dtype", args.dtype]
+        command += ["--length", str(at.length), "--micro-batch", str(at.batch)]
+        result |= head_report(at, args.rounds, command)
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(result))
 

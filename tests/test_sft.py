@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from diffulm.train.flops import Shape, Work, flops_per_token
 
 from .conftest import build_parent, build_tokenizer
 from .dialogues import chat_tokenizer, talk, write_jsonl
+from .train.test_parallel import torchrun
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # from inside peft
 
@@ -97,6 +99,21 @@ def test_all_weights(kind: str, parents: Any, tmp_path: Path) -> None:
     other = dataclasses.replace(recipe, sft=SftConfig(answers=2))
     with pytest.raises(ValueError, match="other settings"):
         sft(other, tmp_path / "run", device="cpu", say=quiet)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_as_one(parents: Any, tmp_path: Path) -> None:
+    """The bound on held-out answers is taken by all processes, over a sharded model."""
+    data = talks(tmp_path / "talks.jsonl")
+    one = sft(recipe_of(parents["full"], data), tmp_path / "one", device="cpu", say=quiet)
+    done = torchrun(2, "tests.test_sft", str(parents["full"]), str(data), str(tmp_path / "two"))
+    assert done.stdout.count("scoring after on 6 held-out answers") == 1, "and one of them alone speaks"
+    two = json.loads((tmp_path / "two/report.json").read_text())
+    for what in ("before", "after"):
+        assert two[what]["nats_per_token"] == pytest.approx(one[what]["nats_per_token"], rel=1e-4), what
+        assert two[what]["tokens"] == one[what]["tokens"]
+    assert [row["loss"] for row in two["train"]] == pytest.approx([row["loss"] for row in one["train"]], rel=1e-3)
+    assert two["answers"]["before"] == one["answers"]["before"]
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(parents: Any, tmp_path: Path) -> None:
@@ -374,3 +391,7 @@ def test_two_steps_of_every_recipe(name: str, tmp_path: Path) -> None:
         separator = "======" if name == "gsm8k-diffugpt" else "========"
         start = load_tokenizer(tmp_path / "run/init").bos_token
         assert asked["question"].endswith(f"?{start}{separator}") and asked["truth"].startswith("<<")
+
+
+if __name__ == "__main__":
+    sft(recipe_of(Path(sys.argv[1]), Path(sys.argv[2])), sys.argv[3], device="cpu", say=print)

@@ -29,7 +29,7 @@ from .eval.autoregress import greedy
 from .eval.likelihood import Estimate, Window, cut_windows, score_windows
 from .eval.report import write_report
 from .eval.summary import build_report
-from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, training_precision
+from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, open_to_score, training_precision
 from .job.folder import Run, Say, begin, finished, opened, read_state, stages, write_state
 from .layout import Causal
 from .sampling import generate, infill
@@ -40,7 +40,6 @@ from .train.flops import Shape, Work, flops_per_token
 from .train.group import on_first_rank
 from .train.loop import Progress
 from .train.metrics import read_metrics
-from .train.parallel import parallelize
 
 Stores = dict[str, tuple[TokenStore, TokenStore]]
 
@@ -214,12 +213,7 @@ _ARMS = {"parent": "parent", "before": "init", "after": "model", "parent_continu
 
 
 def score(run: Run, what: str, windows: list[Window], *, draws: int) -> Estimate:
-    """Likelihood of the held-out windows under one of the four models; computed once, then read.
-
-    By all processes together over a sharded model, so that none need hold it; each runs all windows, which saves
-    memory and no time. Under autocast sharding rounds the weights of norms, so a score depends a little on whether it
-    was taken by one process or several.
-    """
+    """Likelihood of the held-out windows under one of the four models; computed once, then read."""
     stored = on_first_rank(lambda: read_state(run.out).get(what))
     if stored:
         return Estimate(
@@ -228,10 +222,7 @@ def score(run: Run, what: str, windows: list[Window], *, draws: int) -> Estimate
     causal = what.startswith("parent")
     folder = on_first_rank(lambda: parent_folder(run)) if what == "parent" else run.out / _ARMS[what]
     run.say(f"scoring {what.replace('_', ' ')} on {len(windows)} held-out windows")
-    # Measured by one process for all.
-    on_first_rank(lambda: None if "dtype" in read_state(run.out) else training_precision(run))
-    denoiser, _, special = open_arm(run, folder, causal=causal)
-    parallelize(denoiser, denoiser.precision, compile=False, folder=folder, device=run.device)
+    denoiser, special = open_to_score(run, folder, causal=causal)
     layout, process = (Causal(), None) if causal else diffusion_of(run, special)
     estimate = score_windows(
         denoiser, layout, process, windows, special, draws=draws, seed=run.recipe.train.seed, device=run.device

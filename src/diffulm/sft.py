@@ -32,7 +32,7 @@ from .answers import (
 from .data.chat import Answers, Conversations, tokenise, with_common_mean
 from .data.conversations import read_conversations
 from .denoiser import HFDenoiser
-from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, shares, training_precision
+from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, open_to_score, shares, training_precision
 from .job.folder import Run, Say, as_json, begin, finished, opened, read_state, stages, write_state
 from .template import use_template
 from .tokenizer import SpecialTokens, load_tokenizer, special_tokens
@@ -80,10 +80,10 @@ def _stages(run: Run, command: str) -> dict[str, Any]:
         stores, counts = data_stage(run)
         special = special_tokens(load_tokenizer(out / "init"))
         requests = pick_heldout([held for _, held in stores.values()], special, recipe.data.length, recipe.eval.windows)
-        before = alone(lambda: score(run, "before", requests))
+        before = score(run, "before", requests)
         answered = alone(lambda: parents_answers(run)) | alone(lambda: answers(run, "before", requests))
         train_stage(run, stores, requests)
-        after = alone(lambda: score(run, "after", requests))
+        after = score(run, "after", requests)
         answered |= alone(lambda: answers(run, "after", requests))
 
     def conclude() -> dict[str, Any]:
@@ -209,13 +209,15 @@ def open_result(run: Run, what: str) -> hub.Model:
 
 def score(run: Run, what: str, requests: list[Answered]) -> dict[str, Any]:
     """The bound on held-out answers before or after; computed once, then read."""
-    stored = read_state(run.out).get(what)
+    stored = on_first_rank(lambda: read_state(run.out).get(what))
     if stored:
         return dict(stored)
     run.say(f"scoring {what} on {len(requests)} held-out answers")
-    training_precision(run)  # measured before the model is opened in it
-    model = open_result(run, what)
-    found = bound(run, model.denoiser, requests, run.recipe.eval.draws)
+    if what == "after" and run.recipe.sft.lora_rank:  # trained in one process
+        denoiser = open_result(run, what).denoiser
+    else:
+        denoiser, _ = open_to_score(run, result_folder(run) if what == "after" else run.out / "init")
+    found = bound(run, denoiser, requests, run.recipe.eval.draws)
     run.say(f"  {found['nats_per_token']:.3f} +- {found['stderr_nats_per_token']:.3f} nats/token of the answers")
     write_state(run.out, **{what: found})
     return found

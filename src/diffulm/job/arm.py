@@ -23,6 +23,7 @@ from ..tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from ..train.budget import find_budget, plan_budget
 from ..train.config import SourceConfig, TrainConfig
 from ..train.folder import finished_weights, open_for_training
+from ..train.group import on_first_rank
 from ..train.loop import train
 from ..train.parallel import parallelize
 from .folder import Run, as_json, read_state, write_state
@@ -69,6 +70,19 @@ def open_arm(run: Run, folder: Path, *, causal: bool) -> tuple[HFDenoiser, Any, 
     model = model if next(model.parameters()).is_meta else model.to(run.device)
     denoiser = HFDenoiser(model, None if causal else special.mask, mask_row_added=added, precision=precision)
     return denoiser.eval(), tokenizer, special
+
+
+def open_to_score(run: Run, folder: Path, *, causal: bool = False) -> tuple[HFDenoiser, SpecialTokens]:
+    """(denoiser, special tokens) of a checkpoint, sharded over all processes so that none need hold it.
+
+    Each then scores all of the text, which saves memory and no time. Under autocast sharding rounds the weights of
+    norms, so a score depends a little on whether it was taken by one process or several. Called by every process.
+    """
+    # Measured by one process for all.
+    on_first_rank(lambda: None if "dtype" in read_state(run.out) else training_precision(run))
+    denoiser, _, special = open_arm(run, folder, causal=causal)
+    parallelize(denoiser, denoiser.precision, compile=False, folder=folder, device=run.device)
+    return denoiser, special
 
 
 def training_precision(run: Run) -> runtime.Precision:
