@@ -14,6 +14,9 @@ from .config import TrainConfig
 from .folder import read_weights
 from .group import rank_and_world
 
+#: Variants of a layer's compiled graph that may be built.
+VARIANTS = 64
+
 
 def layers_of(backbone: nn.Module) -> nn.ModuleList | None:
     """The backbone's stack of transformer layers: its longest ModuleList."""
@@ -51,7 +54,7 @@ def parallelize(
     """In this order: activation checkpointing of each layer, torch.compile of each, FSDP2 over the process group.
 
     Only a layer's input is kept for the backward pass when activations are checkpointed; the rest is computed again.
-    One compiled graph serves all layers. The denoiser is the FSDP root because the loss reads the head's weight inside
+    The denoiser is the FSDP root because the loss reads the head's weight inside
     its forward. `replicas` > 1 shards within world / replicas processes and replicates over the rest (HSDP): weights
     then travel inside a node, gradients alone between nodes. Without a process group nothing is sharded.
 
@@ -66,6 +69,11 @@ def parallelize(
     if activation_checkpointing:
         checkpoint_layers(denoiser)
     if compile and layers is not None:
+        # One graph serves all layers, but in variants: with and without gradient, mask, padding, a leaf as input. Torch
+        # gives up on compiling, with a line in the log, at 8 of them.
+        import torch._dynamo.config as dynamo
+
+        dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS)
         for layer in layers:
             layer.compile()
     _, world = rank_and_world()
