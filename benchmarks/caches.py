@@ -5,10 +5,13 @@
 
 The same completions, block after block, without a cache, with `PrefixCache` and with `DualCache`; and once without
 blocks (the whole completion at each step). The four take turns, so that a drift of the machine hits all of them alike.
-Speed is that of new tokens (prompt excluded, no early stop), as a ratio to the uncached run in blocks. Agreement is the
-share of new tokens equal to that run's, place by place: one early difference changes what follows, so it is the harsh
-count. Without --model: a random model of SmolLM2-135M's shape, whose rows and speed mean something and whose agreement
-means nothing. Prompts are text from the standard library, or random ids for the random model. Prints a table and JSON.
+Speed is that of new tokens (prompt excluded, no early stop), as a ratio to the uncached run in blocks. Two counts of
+agreement. "whole text": the share of new tokens equal to that run's, place by place; one early difference changes what
+follows, so it is the harsh count. "choices": the share of tokens which the uncached model, shown the canvas that the
+cached one had reached, would have put there too (greedy draws only; in the round that warms up).
+
+Without --model: a random model of SmolLM2-135M's shape, whose rows and speed mean something and whose agreement means
+nothing. Prompts are text from the standard library, or random ids for the random model. Prints a table and JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import json
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,8 +60,9 @@ class Counted:
 
 @dataclass
 class Found:
-    """What one kind of run gave."""
+    """What one kind of run gave. `choices`: share of tokens that an uncached forward confirms, None under draws."""
 
+    choices: float | None = None
     seconds: list[float] = field(default_factory=list)
     rows: int = 0
     forwards: int = 0
@@ -92,17 +97,32 @@ def measure(args: argparse.Namespace) -> dict[str, Found]:
         for name, kind in KINDS.items():
             counted, block = Counted(denoiser), None if name == "no blocks" else args.block
             start = time.perf_counter()
-            *_, last = denoise(
+            states = [canvas.ids]
+            for step in denoise(
                 counted, process, canvas, steps=steps_of_a_block(canvas, layout, block, args.steps),
                 policy=policy_from_name(args.policy), draw=Draw(args.temperature), layout=layout, block=block,
                 cache=kind and kind(denoiser.new_cache()),
-            )  # fmt: skip
+            ):  # fmt: skip
+                states.append(step.ids)
             found = out[name]
-            found.tokens = last.ids[canvas.editable].view(args.batch, -1).cpu()  # waits for a GPU too
+            found.tokens = states[-1][canvas.editable].view(args.batch, -1).cpu()  # waits for a GPU too
             if n:
                 found.seconds.append(time.perf_counter() - start)
+            elif args.temperature == 0:
+                found.choices = confirmed(denoiser, layout, canvas, states)
             found.rows, found.forwards = counted.rows, counted.forwards
     return out
+
+
+@torch.no_grad()
+def confirmed(denoiser: HFDenoiser, layout: Full, canvas: Canvas, states: list[Tensor]) -> float:
+    """The share of tokens, over the steps from each canvas to the next, that the model without a cache prefers."""
+    same = count = 0
+    for before, after in pairwise(states):
+        new = before != after
+        best = denoiser(layout.decoding_rows(before, canvas.valid, new)).argmax(-1)
+        same, count = same + int((best == after[new]).sum()), count + len(best)
+    return same / count
 
 
 def main() -> None:
@@ -122,14 +142,16 @@ def main() -> None:
     base = found["uncached"]
     assert base.tokens is not None
     result: dict[str, Any] = {"machine": describe(), "settings": vars(args), "kinds": {}}
-    print(f"{'':<10} {'forwards':>8} {'rows':>9} {'tokens/s':>9} {'speed':>6}  agreement")
+    print(f"{'':<10} {'forwards':>8} {'rows':>9} {'tokens/s':>9} {'speed':>6} {'whole text':>10} {'choices':>8}")
     for name, one in found.items():
         assert one.tokens is not None
         ratio = statistics.median(b / a for a, b in zip(one.seconds, base.seconds, strict=True))
+        choices = "-" if one.choices is None else f"{one.choices:.1%}"
         rate, same = one.tokens.numel() / statistics.median(one.seconds), agreement(base.tokens, one.tokens)
-        print(f"{name:<10} {one.forwards:>8} {one.rows:>9} {rate:>9.1f} {ratio:>5.2f}x  {same:.1%}")
+        print(f"{name:<10} {one.forwards:>8} {one.rows:>9} {rate:>9.1f} {ratio:>5.2f}x {same:>10.1%} {choices:>8}")
         result["kinds"][name] = {
             "forwards": one.forwards, "rows": one.rows, "seconds": one.seconds, "speed": ratio, "agreement": same,
+            "choices": one.choices,
         }  # fmt: skip
     print(json.dumps(result))
 
