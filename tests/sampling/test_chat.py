@@ -173,6 +173,16 @@ def test_an_answer_of_a_length_and_without_a_word() -> None:
     assert {int(canvas.editable.sum()) for canvas in canvases} == {12}
 
 
+@pytest.mark.parametrize(("length", "max_tokens"), [(4, None), (30, 4)])
+def test_the_room_of_an_answer_of_a_length_is_that_length(length: int, max_tokens: int | None) -> None:
+    """Neither more, which a short window would refuse, nor less, which the canvas of a later turn would."""
+    chat, holes = Chat(speaks("fox", length=84), length=length, max_tokens=max_tokens), set()
+    for _ in range(3):
+        (answer,) = chat.say("Which of them?", lambda canvas, step: holes.add(int(canvas.editable.sum())))
+        assert answer
+    assert holes == {length} and chat.dropped > 0
+
+
 # ------------------------------------------------------------------------------------------------------ rewriting
 
 
@@ -191,6 +201,18 @@ def test_a_span_of_the_last_answer_is_written_again_between_both_sides() -> None
     chat.reset()
     with pytest.raises(ValueError, match="there is no answer yet"):
         chat.rewrite("quick", 2)
+
+
+def test_a_longer_span_takes_the_room_of_the_oldest_turns() -> None:
+    chat = Chat(speaks("fox", length=84), max_tokens=16)
+    chat.messages = talk("One?", "Yes.", "Two?", "Yes.", "Three?", "the quick fox")
+    seed = chat._turn_seed
+    made = chat.rewrite("quick", 20)
+    assert made.startswith("the ") and made.endswith(" fox")
+    assert chat.dropped == 2 and chat.messages == talk("Three?", made) and chat._turn_seed == seed
+    with pytest.raises(ValueError, match=r"the message needs \d+ tokens and the answer 60.*lower the length"):
+        chat.rewrite("the", 60)
+    assert chat.messages == talk("Three?", made)
 
 
 @pytest.mark.parametrize(

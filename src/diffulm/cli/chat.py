@@ -108,6 +108,7 @@ def answer(session: Any, line: str, *, watch: bool, as_json: bool) -> None:
     from ..sampling.chat import read_rewrite
 
     command, _, rest = line.partition(" ")
+    before = session.dropped
     if command == "/help":
         print(HELP, file=sys.stderr)
     elif command == "/reset":
@@ -122,11 +123,12 @@ def answer(session: Any, line: str, *, watch: bool, as_json: bool) -> None:
         raise ValueError(f"unknown command {command}; /help lists them, and two slashes begin a message with one")
     else:
         reply(session, line.removeprefix("/") if line.startswith("//") else line, watch=watch, as_json=as_json)
+    if session.dropped > before:
+        print(f"(the oldest {session.dropped - before} turns no longer fit and were left out)", file=sys.stderr)
 
 
 def reply(session: Any, text: str, *, watch: bool, as_json: bool) -> None:
     """Print the answer to a message: as it becomes final, or whole after the view of `--watch`."""
-    before = session.dropped
     streams = not (watch or as_json)
     whole = ""
     with Watching(session.model, watch) as view:
@@ -140,8 +142,6 @@ def reply(session: Any, text: str, *, watch: bool, as_json: bool) -> None:
         show(whole, as_json)
     if not whole.strip():
         print("(the answer is empty; this turn is forgotten)", file=sys.stderr)
-    if session.dropped > before:
-        print(f"(the oldest {session.dropped - before} turns no longer fit and were left out)", file=sys.stderr)
 
 
 def show(text: str, as_json: bool) -> None:

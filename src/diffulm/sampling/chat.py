@@ -84,20 +84,19 @@ class Chat:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         check_messages(asked)
-        kept, turn = self._fitted(asked)
+        kept, turn = self._fitted(asked, self.prefix, self.suffix if self._is_constrained else None, self._room)
         answer = ""
         for piece in self._constrained(turn, watch) if self._is_constrained else self._streamed(turn, watch):
             answer += piece
             yield piece
         if answer.strip():
-            self.dropped += (len(asked) - len(kept)) // 2
-            self.messages = [*kept, {"role": "assistant", "content": answer}]
+            self._remember(asked, kept, answer)
 
     def rewrite(self, old: str, tokens: int | Literal["auto"], watch: Watch | None = None) -> str:
         """The last answer with `old` (its first occurrence) written again in `tokens` tokens; it replaces the answer.
 
-        Both sides are context: what stands behind the span is given too. ValueError where there is no such text, or
-        for a block checkpoint.
+        Both sides are context: what stands behind the span is given too. The oldest turns give way to it as in `say`.
+        ValueError where there is no such text, or for a block checkpoint.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise ValueError("there is no answer yet whose text could be written again")
@@ -105,34 +104,47 @@ class Chat:
         before, found, after = answer.partition(old)
         if not old or not found:
             raise ValueError(f"the last answer does not hold {old!r}; quote it as it stands")
-        _, turn = self._fitted(self.messages[:-1], room=len(encode(self.model.tokenizer, answer)) + 1)
+        asked, room = self.messages[:-1], tokens if isinstance(tokens, int) else self.max_tokens or 1
+        kept, turn = self._fitted(asked, before, after, room)
         made = self._hole(turn, before, after, tokens, watch)
         if not made.strip():
             raise ValueError(
                 "nothing but space came out, so the answer stays; give the span more tokens, or another seed"
             )
-        self.messages[-1] = {"role": "assistant", "content": made}
+        self._remember(asked, kept, made)
         return made
+
+    def _remember(self, asked: list[Message], kept: list[Message], answer: str) -> None:
+        """What is left of the messages that were asked, and the answer."""
+        self.dropped += (len(asked) - len(kept)) // 2
+        self.messages = [*kept, {"role": "assistant", "content": answer}]
+
+    @property
+    def _room(self) -> int:
+        """Tokens that may be generated for an answer: just so many where that was asked for."""
+        return self.length if isinstance(self.length, int) else self.max_tokens or 1
 
     @property
     def _is_constrained(self) -> bool:
         return bool(self.suffix or self.must or self.must_not or self.length is not None)
 
-    def _fitted(self, messages: list[Message], room: int | None = None) -> tuple[list[Message], Turn]:
-        """(messages, open turn) without the oldest turns that leave no room for an answer of `room` tokens."""
-        limit, room = int(self.model.config["trained_length"]), room or self.max_tokens or 1
+    def _fitted(self, messages: list[Message], before: str, after: str | None, room: int) -> tuple[list[Message], Turn]:
+        """(messages, open turn) without the oldest turns that leave no room for an answer of `room` tokens between
+        `before` and, in a hole, `after` (else None)."""
+        tokenizer, limit = self.model.tokenizer, int(self.model.config["trained_length"])
         first = int(messages[0]["role"] == "system")
         kept = list(messages)
         while True:
-            turn = open_turn(self.model.tokenizer, kept)
-            given = 1 + len(encode(self.model.tokenizer, turn.context + self.prefix))
-            given += len(encode(self.model.tokenizer, self.suffix)) + 1 if self._is_constrained else 0
+            turn = open_turn(tokenizer, kept)
+            given = 1 + len(encode(tokenizer, turn.context + before))
+            given += len(encode(tokenizer, self._behind(turn, after))) if after is not None else 0
             if given + room <= limit:
                 return kept, turn
             if len(kept) < first + 3:
+                lower = "the length" if isinstance(self.length, int) or after else "--max-tokens"
                 raise ValueError(
                     f"the message needs {given} tokens and the answer {room}, and the model was trained on {limit}; "
-                    "shorten the message or lower --max-tokens"
+                    f"shorten the message or lower {lower}"
                 )
             del kept[first : first + 2]
 
@@ -188,14 +200,19 @@ class Chat:
         end = turn.end or str(tokenizer.eos_token)
         # What ends a text may not be in it; the start token too, which opens the next one.
         ends = dict.fromkeys([end, str(tokenizer.eos_token), str(tokenizer.bos_token or end)])
-        # A block does not see what stands behind it, so there is no end to give.
-        behind = after + turn.answer + end if self.model.layout.name == "full" else after
         filled = infill(
-            self.model, turn.context + before, behind, length=tokens, max_length=self.max_tokens or 1, must=must,
-            must_not=(*must_not, *ends), steps=self.steps, policy=self.policy, temperature=self.temperature,
-            top_k=self.top_k, top_p=self.top_p, seed=self._turn_seed, watch=watch,
+            self.model, turn.context + before, self._behind(turn, after), length=tokens,
+            max_length=self.max_tokens or 1, must=must, must_not=(*must_not, *ends), steps=self.steps,
+            policy=self.policy, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+            seed=self._turn_seed, watch=watch,
         )  # fmt: skip
         return before + filled.fills[0] + after
+
+    def _behind(self, turn: Turn, after: str) -> str:
+        """What stands behind the hole of an answer: its end too, but for a block, which sees nothing there."""
+        if self.model.layout.name != "full":
+            return after
+        return after + turn.answer + (turn.end or str(self.model.tokenizer.eos_token))
 
     @property
     def _turn_seed(self) -> int:
