@@ -6,9 +6,10 @@
     python benchmarks/train_step.py --device cuda --shape 7b --layers 24 --length 2048 --micro-batch 2 --no-head \\
         --only "diffulm compiled" "AR compiled"                    # blocks of a 7B, as many as fit: its MFU
 
-One process, the same random weights, texts, dtype, threads and micro-batch for all; contenders take turns, so that a
-drift of the machine hits all alike. One step = one micro-batch forward and backward, clipping and one optimizer update
-(the least favourable case for us: everything that is not the model counts in full). "AR compiled" is next-token
+One process, the same random weights, dtype, threads and micro-batch for all, random texts; contenders take turns, so
+that a drift of the machine hits all alike. One step = one micro-batch forward and backward, clipping and one optimizer
+update (the least favourable case for us: everything that is not the model counts in full). Ours is the step of
+`diffulm.train` with its loader and prefetch. "AR compiled" is next-token
 training of the same model by transformers' own forward and loss, compiled as one graph, with fused AdamW: the speed
 that people are used to. It predicts at all rows where diffusion wants the noised half.
 
@@ -28,27 +29,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from diffulm.data.loader import Loader, Mixture, Sequences
 from diffulm.denoiser import ChunkedNLL, HFDenoiser
-from diffulm.layout import Full, NoisedBatch
-from diffulm.objective import diffusion_loss
-from diffulm.process import MaskedDiffusion, stratified_levels
+from diffulm.layout import Full
+from diffulm.process import MaskedDiffusion
 from diffulm.runtime import parse_precision, pick_device
+from diffulm.tokenizer import SpecialTokens
 from diffulm.train.config import TrainConfig
 from diffulm.train.flops import Shape, Work, flops_per_token
 from diffulm.train.metrics import peak_flops
 from diffulm.train.optim import build_optimizers
 from diffulm.train.parallel import parallelize
+from diffulm.train.step import prefetched, train_step
 from machine import describe
 from naive import CLIP_NORM, HFTrainerBaseline, NaiveTrainer, naive_head
 from sizes import SIZES, Size, texts
 
-RATE = 1e-5
+RATE, STEPS = 1e-5, 10_000
 NAIVE, AR = "naive (released structure)", "AR compiled"
 
 
@@ -67,40 +73,51 @@ class Setting:
         return torch.bfloat16 if self.dtype == "autocast" else None
 
     def texts(self, n: int) -> torch.Tensor:
+        """(batch, length) random ids."""
         return texts(n, self.size, self.batch, self.length)
 
 
 Step = Callable[[int], None]
 
 
-def ours(at: Setting, *, compile: bool) -> Step:
-    """One step of diffulm's own pieces, put together as `train_step` does."""
-    precision = parse_precision(at.dtype)
-    model, mask = at.size.build().to(at.device), at.size.mask
-    denoiser = parallelize(HFDenoiser(model, mask, precision=precision), precision, compile=compile)
-    (optimizer,) = build_optimizers(denoiser, TrainConfig(learning_rate=RATE))
-    process, layout = MaskedDiffusion(mask), Full()
-    denoiser.train()
+@dataclass(frozen=True)
+class Texts:
+    """A token store of random documents, each as long as a window."""
+
+    at: Setting
+    count: int = 4096
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.full(self.count, self.at.length - 1)
+
+    def document(self, i: int, start: int = 0, n: int | None = None) -> np.ndarray:
+        ids: np.ndarray = texts(i, self.at.size, 1, self.at.length - 1)[0].numpy()
+        return ids[start : None if n is None else start + n]
+
+
+def ours(at: Setting, stack: ExitStack, *, compile: bool) -> Step:
+    """One step of the product: `train_step` on rows that are noised and laid out ahead of it."""
+    precision, size = parse_precision(at.dtype), at.size
+    denoiser = HFDenoiser(size.build().to(at.device), size.mask, precision=precision).train()
+    parallelize(denoiser, precision, compile=compile)
+    config = TrainConfig(batch=at.batch, micro_batch=at.batch, learning_rate=RATE, clip=CLIP_NORM)
+    optimizers = build_optimizers(denoiser, config)
+    store: Any = Texts(at)
+    sequences = Sequences.cut(store, at.length, SpecialTokens(0, 1, 1, size.mask))
+    loader = Loader(
+        Mixture([sequences], [1.0], 0), Full(), MaskedDiffusion(size.mask), at.batch, at.batch, 0,
+        fixed_shapes=at.device.type == "cuda",
+    )  # fmt: skip
+    rows_of = stack.enter_context(prefetched(loader.rows, STEPS, at.device))
 
     def step(n: int) -> None:
-        x0 = at.texts(n)
-        yes, zeros = torch.ones_like(x0, dtype=torch.bool), torch.zeros_like(x0)
-        maskable = yes.clone()
-        maskable[:, 0] = False
-        seeds = list(range(n * at.batch, (n + 1) * at.batch))
-        levels = stratified_levels(0, n * at.batch, at.batch, batch=at.batch)
-        ids, noised, weight = process.corrupt(x0, maskable, zeros, levels, seeds)
-        rows = layout.training_rows(NoisedBatch(x0, ids, noised, maskable, weight, zeros, yes, zeros))
-        loss = diffusion_loss(denoiser, rows.to(at.device))
-        (loss.sum / loss.count).backward()
-        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train_step(denoiser, optimizers, rows_of(n), n, RATE, config)
 
     return step
 
 
-def naive(at: Setting) -> Step:
+def naive(at: Setting, stack: ExitStack) -> Step:
     trainer = NaiveTrainer(at.size.build().to(at.device), at.size.mask, autocast=at.autocast, lr=RATE)
 
     def step(n: int) -> None:
@@ -110,7 +127,7 @@ def naive(at: Setting) -> Step:
     return step
 
 
-def autoregressive(at: Setting) -> Step:
+def autoregressive(at: Setting, stack: ExitStack) -> Step:
     """Next-token training of the same model, as well as plain PyTorch and transformers do it."""
     model = at.size.build(causal=True).to(at.device).train()
     compiled = torch.compile(model)
@@ -128,10 +145,11 @@ def autoregressive(at: Setting) -> Step:
     return step
 
 
-CONTENDERS: dict[str, Callable[[Setting], Step]] = {
+#: The stack closes what a contender keeps open: a thread that makes its rows.
+CONTENDERS: dict[str, Callable[[Setting, ExitStack], Step]] = {
     NAIVE: naive,
-    "diffulm eager": lambda at: ours(at, compile=False),
-    "diffulm compiled": lambda at: ours(at, compile=True),
+    "diffulm eager": partial(ours, compile=False),
+    "diffulm compiled": partial(ours, compile=True),
     AR: autoregressive,
 }
 
@@ -148,13 +166,14 @@ def seconds_of(step: Step, n: int, device: torch.device) -> float:
 
 def step_times(at: Setting, names: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, by contender; they take turns, and their first two steps are not counted."""
-    steps = {name: CONTENDERS[name](at) for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
-    for n in range(rounds + 2):
-        for name, step in steps.items():
-            took = seconds_of(step, n, at.device)
-            if n >= 2:  # the first two build kernels and optimizer state
-                found[name].append(took)
+    with ExitStack() as stack:
+        steps = {name: CONTENDERS[name](at, stack) for name in names}
+        for n in range(rounds + 2):
+            for name, step in steps.items():
+                took = seconds_of(step, n, at.device)
+                if n >= 2:  # the first two build kernels and optimizer state
+                    found[name].append(took)
     return found
 
 

@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def shell(*arguments: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "diffulm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **kwargs)
 
 
 FAST = ("--dtype", "float32", "--device", "cpu")
@@ -284,6 +284,8 @@ def test_infill(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> 
         run("infill", checkpoint, "a <hole> b", "--must", "a dog", "--must-not", "dog", *FAST), "'a dog' has to occ"
     )
     refused(run("infill", checkpoint, "a <hole> b", "--must", "dog " * 30, *FAST), "do not fit into the holes")
+    twice = run("infill", checkpoint, "a <hole> b", "--must", "dog", "--must=fox")
+    refused(twice, "--must is given 2 times; give it once, with all its values behind it")
 
 
 @pytest.mark.parametrize("verb", ["generate", "infill"])

@@ -371,6 +371,26 @@ def test_an_interrupted_stream_goes_on_where_it_was(hub: Path, monkeypatch: pyte
     assert len(list(sources.open_source(source, cache)())) == 40
 
 
+def test_files_behind_an_address_are_streamed(tmp_path: Path) -> None:
+    """Any protocol of fsspec; here that of local files. A text file is one document, as it is on disk."""
+    address = f"file://{jsonl(tmp_path / 'a.jsonl', TEXTS).path}"
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    assert [d.text for d in sources.open_source(Source("a", address), cache)()] == TEXTS
+    with gzip.open(tmp_path / "c.jsonl.gz", "wb") as file:
+        file.write(json.dumps({"text": "packed"}).encode())
+    parquet(tmp_path / "d.parquet", ["x", "y"])
+    (tmp_path / "b.txt").write_text("two\nlines\n")
+    more = Source("b", f"file://{tmp_path}/b.txt", limit_documents=10)
+    assert [d.text for d in sources.open_source(more, cache)()] == ["two\nlines\n"]
+    for name, field, expected in (("c.jsonl.gz", "text", ["packed"]), ("d.parquet", "body", ["x", "y"])):
+        found = Source("c", f"file://{tmp_path}/{name}", text_field=field)
+        assert [d.text for d in sources.open_source(found, cache)()] == expected
+    for path, message in (("file:///none/x.jsonl", "could not be opened"), ("s3://bucket/x.csv", r"must end in one")):
+        with pytest.raises(ValueError, match=message):
+            sources.open_source(Source("d", path), cache)
+
+
 # ------------------------------------------------------------------------------------------------------- a dry run
 
 

@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verb = arguments[0]
     try:
+        check_repeated(arguments[1:])
         # What verbs share stands in dataclasses (flags.py): a box of the help each, their flags without a prefix.
         tyro.cli(VERBS[verb], prog=f"diffulm {verb}", args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit as error:
@@ -110,6 +111,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"diffulm {verb}: failed: {type(error).__name__}: {error} (DIFFULM_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def check_repeated(arguments: list[str]) -> None:
+    """ValueError for a flag that is given twice: only its last values would count, in silence."""
+    flags: list[str] = []
+    for argument in arguments:
+        if argument == "--":
+            break
+        if argument.startswith("--"):
+            flags.append(argument.partition("=")[0])
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ValueError(f"{flag} is given {flags.count(flag)} times; give it once, with all its values behind it")
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -31,12 +31,14 @@ PART_BYTES = 2**26
 class Source:
     """One body of text.
 
-    `path`: `builtin:topics`, `builtin:stdlib`, a .txt or .jsonl file (also .gz), a .parquet file, a folder of those,
-    or a Hub dataset as `name` or `name:subset`, which is streamed. `weight` is the share the loader draws, relative to
-    the other sources. `exclude` are fnmatch patterns on document ids: the path inside the folder for .txt,
-    `path:line` for .jsonl (from 1), `path:row` for tables (from 0), the topic, the path inside the standard library.
-    `more` are further paths of the same body of text: one split, one share. `subset` and `split` choose from a Hub
-    dataset. Reading ends with the document that reaches `limit_documents` or `limit_bytes` (UTF-8 bytes of text).
+    `path`: `builtin:topics`, `builtin:stdlib`, a .txt or .jsonl file (also .gz), a .parquet file, a folder of those;
+    or, streamed, a Hub dataset as `name` or `name:subset`, or the address of such files (s3://, gs://, hf://, https://,
+    with * and ** where the protocol lists folders; fsspec's package for the protocol must be installed). `weight` is
+    the share the loader draws, relative to the other sources. `exclude` are fnmatch patterns on document ids: the path
+    inside the folder for .txt, `path:line` for .jsonl (from 1), `path:row` for tables (from 0), the topic, the path
+    inside the standard library. `more` are further paths of the same body of text: one split, one share. `subset` and
+    `split` choose from a Hub dataset. Reading ends with the document that reaches `limit_documents` or `limit_bytes`
+    (UTF-8 bytes of text).
     """
 
     name: str
@@ -66,10 +68,28 @@ def _read_table(name: str, table: Dataset, text_field: str) -> Iterator[Document
         yield Document(f"{name}:{number}", *field(row, text_field, f"{name}, row {number}"))
 
 
+#: What `datasets` reads files behind an address as, by their suffix: (builder, its options).
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}), ".parquet": ("parquet", {}), ".txt": ("text", {"sample_by": "document"}),
+}  # fmt: skip
+
+
 def _hub_stream(source: Source) -> IterableDataset:
-    """A Hub dataset, read over the network as it goes. ValueError: a path that is not there, or nothing loads."""
+    """A Hub dataset, or files behind an address, read over the network as it goes. ValueError: a path that is not
+    there, or nothing loads."""
     from datasets import load_dataset
 
+    if "://" in source.path:
+        suffix = Path(source.path.lower().removesuffix(".gz")).suffix
+        if suffix not in _BUILDERS:
+            raise ValueError(f"source {source.name!r}: {source.path} must end in one of {', '.join(SUFFIXES)}")
+        builder, options = _BUILDERS[suffix]
+        try:
+            return load_dataset(builder, data_files=source.path, split="train", streaming=True, **options)
+        except Exception as error:  # as many kinds as there are protocols
+            raise ValueError(
+                f"source {source.name!r}: {source.path} could not be opened ({type(error).__name__}: {error})"
+            ) from error
     if source.path.lower().endswith(SUFFIXES) or source.path.startswith(("/", ".", "~")):
         raise ValueError(f"source {source.name!r}: there is no file or folder {source.path}")
     name, _, subset = source.path.partition(":")
@@ -174,7 +194,7 @@ def _digest(source: Source) -> str:
 
 
 def is_stream(path: str) -> bool:
-    """Whether a source's path leads to the Hub."""
+    """Whether a source's path leads to the Hub, or to an address."""
     return not path.startswith("builtin:") and not Path(path).exists()
 
 
