@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # A job that a script starts in the background ignores Ctrl-C, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -17,6 +18,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Tiny models gain nothing from threads, and tests that run beside other work lose much by them.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples in every run: a failure is one of the change at hand, not of the day. Slowness is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests start Python and torch up to 60 times, which takes a busy machine up to 20 s each time."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It does so every day, and the dog does not mind.",

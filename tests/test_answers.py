@@ -31,10 +31,12 @@ def report() -> dict[str, Any]:
     recipe = {
         "name": "tiny", "train": {"batch": 4}, "data": {"length": 64}, "eval": {"max_tokens": 16, "steps": 8}
     }  # fmt: skip
-    count = {"answers": 4321, "answer_tokens": 98765, "conversations": 4000}
+    count = {"answers": 4321, "answer_tokens": 98765, "conversations": 4000, "left_out": 0, "cut": 0}
     return {
         "recipe": recipe, "command": "diffulm train tiny", "before": bound(3.456), "after": bound(2.345),
-        "data": {"talks": {"train": count, "heldout": {**count, "answers": 77}, "bad": 2, "problems": []}},
+        "data": {
+            "talks": {"train": count, "heldout": {**count, "answers": 77}, "bad": 2, "problems": [], "too_long": []}
+        },
         "answers": {"before": answered("", 16, False), "after": answered("It is odd.\n\nYes | no.", 4, True)},
         "train": [{"step": 1}, {"step": 2}], "dtype": "float32", "seconds": 61.0, "model": "runs/sft/model",
     }  # fmt: skip
@@ -59,6 +61,25 @@ def test_where_answers_end(report: dict[str, Any]) -> None:
     assert [(row[0], [int(n) for n in row[1:]]) for row in ends.rows] == [
         ("Truth", [0, 2, 0, 0, 0, 0, 0, 0]), ("Before", [0, 0, 0, 0, 0, 0, 0, 2]), ("After", [0, 0, 2, 0, 0, 0, 0, 0])
     ]  # fmt: skip
+
+
+def test_what_was_left_out_and_where(report: dict[str, Any], tmp_path: Path) -> None:
+    """Of answers that are too long, and of other bad rows; in Markdown and on the page."""
+    data = report["data"]["talks"]
+    text = write_sft_report(report, tmp_path / "none") and (tmp_path / "none/report.md").read_text("utf-8")
+    assert "| talks | 4,321 | 98,765 | 77 | 2 | 0 | 0 | 0 |" in text and "the first" not in text
+    data["train"] |= {"left_out": 1200, "cut": 31}
+    data["heldout"]["left_out"] = 5
+    data |= {"too_long": ["a.jsonl, line 8: 99 tokens", "a.jsonl, line 9: 98 tokens"], "problems": ["line 3: empty"]}
+    for among in (False, True):
+        data["problems"] += data["too_long"] if among else []
+        write_sft_report(report, tmp_path / f"some{among}")
+        html, text = ((tmp_path / f"some{among}/report.{kind}").read_text("utf-8") for kind in ("html", "md"))
+        assert "| Bad rows left out | Too long, left out | Too long, cut | Held out, too long |" in text
+        assert "| 2 | 1,200 | 31 | 5 |" in text and '<td data-label="Held out, too long">5</td>' in html
+        assert "Bad rows of talks, the first: line 3: empty." in text
+        words = "a window of 64 tokens with their context" + " (among the bad rows)" * among
+        assert f"{words}, the first: a.jsonl, line 8: 99 tokens; a.jsonl, line 9" in text and words in html
 
 
 def samples(report: dict[str, Any]) -> Table:

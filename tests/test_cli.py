@@ -284,6 +284,10 @@ def test_infill(run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> 
         run("infill", checkpoint, "a <hole> b", "--must", "a dog", "--must-not", "dog", *FAST), "'a dog' has to occ"
     )
     refused(run("infill", checkpoint, "a <hole> b", "--must", "dog " * 30, *FAST), "do not fit into the holes")
+    cached = run("infill", checkpoint, "def add(a, b):<hole:4> + b", *FAST, "--block", "2", "--cache", "dual")
+    assert cached[0] == 0 and cached[1].startswith("def add(a, b):")
+    refused(run("infill", checkpoint, "a <hole:atuo> b", *FAST), "<hole:atuo> names no length")
+    refused(run("infill", checkpoint, f"a <hole:{10**23}> b", *FAST), "the model was trained on")
     twice = run("infill", checkpoint, "a <hole> b", "--must", "dog", "--must=fox")
     refused(twice, "--must is given 2 times; give it once, with all its values behind it")
 

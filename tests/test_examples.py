@@ -47,7 +47,6 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.startswith("diffulm ")]
 
 
-@pytest.mark.timeout(1500)
 def test_readme_commands(tmp_path: Path) -> None:
     """Every diffulm command of the README, in order, in an empty folder; training cut to two steps, and less scored."""
     found = commands()
@@ -66,7 +65,6 @@ def test_readme_commands(tmp_path: Path) -> None:
     assert (tmp_path / "runs/demo/report.html").stat().st_size > 10_000
 
 
-@pytest.mark.timeout(300)
 def test_readme_python(checkpoint: Path, tmp_path: Path) -> None:
     """The Python blocks of the README, with the tiny checkpoint in place of the demo's model."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +86,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 def finish(recipe: Path, out: Path, *, verb: str = "train") -> tuple[int, str]:
     process = start(recipe, out, verb=verb)
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=900)
     return process.returncode, text
 
 
@@ -136,19 +137,21 @@ def test_kill_9_at_random_moments(whole: Whole, tmp_path: Path, record_property:
         steps = len(read_metrics(adapted))
         try:
             # Let it get somewhere, then strike at a moment that has nothing to do with what it is doing.
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while process.poll() is None and len(read_metrics(adapted)) <= steps and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(rng.random() * 0.15)
-            if process.poll() is not None:
-                break
+            if process.poll() is not None:  # done before it was struck: begin again
+                assert process.returncode == 0
+                shutil.rmtree(out)
+                continue
         finally:
             process.kill()
             process.communicate()
         if process.returncode == -signal.SIGKILL:
             kills.append(len(read_metrics(adapted)))
             aside += bool(list(adapted.glob(".step-*.tmp")))
-        if len(kills) >= 12 and aside:
+        if len(kills) >= 12 and aside and latest(adapted):
             break
     assert len(kills) >= 10, f"only {kills}: the run is too short for the test to say anything"
     assert aside, "no kill fell into the writing of a checkpoint"
@@ -209,6 +212,8 @@ def test_ctrl_c_in_every_stage(whole: Whole, tmp_path: Path) -> None:
             assert process.returncode == 130, seen
             assert seen.rstrip().endswith("diffulm train: interrupted; the same command resumes"), seen
             interrupted.append(struck)
+        elif struck:  # done before it was struck: begin again
+            shutil.rmtree(out)
     assert len(interrupted) >= 6 and len(set(interrupted)) >= 5, interrupted
     code, text = finish(recipe, out)
     assert code == 0, text
@@ -222,7 +227,7 @@ def test_sigterm_while_training_checkpoints_and_resumes(whole: Whole, tmp_path: 
     while process.poll() is None and len(read_metrics(out / "adapted")) < 5:
         time.sleep(0.02)
     process.terminate()
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=300)
     assert process.returncode == 143 and "the same command resumes" in text
     done = len(read_metrics(out / "adapted"))
     found = latest(out / "adapted")
@@ -240,15 +245,17 @@ def test_both_arms_of_adapt(parent: Path, tmp_path: Path) -> None:
     stops = 0
     for k in range(8):
         arm = out / ("adapted" if k < 3 else "continued")
-        process = start(recipe, out, verb="adapt")
         steps = len(read_metrics(arm))
-        while process.poll() is None and len(read_metrics(arm)) <= min(steps, 38):
+        if steps >= 39:  # a signal would meet Python itself starting, which dies of it as any program does
+            continue
+        process = start(recipe, out, verb="adapt")
+        while process.poll() is None and len(read_metrics(arm)) <= steps:
             time.sleep(0.01)
         time.sleep(rng.random() * 0.05)
         if process.poll() is None:
             process.send_signal(signal.SIGINT if k % 2 else signal.SIGKILL)
             stops += 1
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
         assert process.returncode in (0, 130, -signal.SIGKILL)
     assert stops >= 4
     assert finish(recipe, out, verb="adapt")[0] == 0
@@ -262,7 +269,7 @@ def test_both_arms_of_adapt(parent: Path, tmp_path: Path) -> None:
 
 def wait_for_steps(out: Path, more: int, process: subprocess.Popen[str]) -> None:
     steps = len(read_metrics(out / "adapted"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and len(read_metrics(out / "adapted")) < steps + more and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -288,7 +295,7 @@ def test_torchrun_starts_again_what_was_killed(whole: Whole, tmp_path: Path) -> 
         wait_for_steps(out, 8, process)
         os.kill(workers(process)[victim], signal.SIGKILL)
         time.sleep(1)
-    text, _ = process.communicate(timeout=300)
+    text, _ = process.communicate(timeout=900)
     assert process.returncode == 0, text
     assert text.count("the connection to another process broke") == 2, text
     assert text.count("resuming at step") == 2, "and rank 0 alone says so"
@@ -302,7 +309,7 @@ def test_sigterm_to_torchrun_checkpoints_and_one_process_goes_on(whole: Whole, t
     process = launch(recipe, out)
     wait_for_steps(out, 8, process)
     process.terminate()
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and text.count("interrupted; the same command resumes") == 1, text
     found = latest(out / "adapted")
     assert found is not None and found[1]["step"] == len(read_metrics(out / "adapted")) >= 8
@@ -312,6 +319,7 @@ def test_sigterm_to_torchrun_checkpoints_and_one_process_goes_on(whole: Whole, t
 
 
 def test_a_world_that_does_not_fit_is_refused_once_and_leaves_nothing(parent: Path, tmp_path: Path) -> None:
-    text, _ = launch(write_recipe(tmp_path, parent), tmp_path / "run", processes=3).communicate(timeout=120)
+    text, _ = launch(write_recipe(tmp_path, parent), tmp_path / "run", processes=3).communicate(timeout=300)
     assert text.count("diffulm train: 3 processes do not divide train.batch = 4; start 1 or 2, or set") == 1, text
-    assert "do not divide" in text.splitlines()[0] and not (tmp_path / "run").exists()
+    said = [line for line in text.splitlines() if not line.startswith("[W")]  # torch's own warnings: of sockets, say
+    assert "do not divide" in said[0] and not (tmp_path / "run").exists()

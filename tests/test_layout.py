@@ -191,7 +191,9 @@ def test_the_row_trained_is_the_row_decoded_from(
     else:
         canvas, wanted = batch.ids_BL, batch.noised_BL
     trained, decoded = layout.training_rows(batch), layout.decoding_rows(canvas, batch.valid_BL, wanted)
-    assert trained.ids.shape == decoded.ids.shape and decoded.pattern == trained.pattern
+    whole = layout.name == "full"  # decoding leaves out rows of other blocks, so there a row has another number
+    assert decoded.pattern == trained.pattern
+    assert not whole or trained.ids.shape == decoded.ids.shape
 
     def facts(rows: Rows) -> dict[tuple[int, int], Any]:
         """(sample, position of the target) -> the row it is read from and what that row sees."""
@@ -203,7 +205,7 @@ def test_the_row_trained_is_the_row_decoded_from(
                 continue  # the clean rows' own next-token loss
             keys = seen[b, r].nonzero()[:, 0]
             sight = sorted(zip(rows.position[b, keys].tolist(), rows.ids[b, keys].tolist(), strict=True))
-            found[(b, target)] = (r, int(rows.position[b, r]), int(rows.block[b, r]), sight)
+            found[(b, target)] = (r if whole else None, int(rows.position[b, r]), int(rows.block[b, r]), sight)
         return found
 
     a = facts(trained)

@@ -134,6 +134,53 @@ def test_headers_say_what_it_costs_and_what_the_paper_scored(name: str) -> None:
     assert "Where the released code differs" in text and "Where this run differs" in text
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_no_header_says_one_process_of_what_several_can_train(name: str) -> None:
+    recipe, text = recipe_of(name), re.sub(r"\s+#?\s*", " ", header(name))
+    assert ("one process" in text) is (recipe.sft.lora_rank > 0)
+    if "GPUs" in text or re.search(r"\d x (A100|H200|GH200)", text):
+        assert "torchrun" in text or recipe.sft.lora_rank, "how to start it on several GPUs"
+
+
+GPT2_MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "family", "sizes", "gpu", "count", "words"),
+    [
+        ("diffugpt-s", "gpt2", {}, "a100-80", 8, "{GB} GB on each of 8; {hours} on 8 x A100"),
+        ("diffugpt-s", "gpt2", {}, "h200", 1, "{GB} GB on one; {hours} on one H200"),
+        ("diffugpt-m", "gpt2", GPT2_MEDIUM, "a100-80", 8, "and {largest} do; {hours} on 8 x A100"),
+        ("diffugpt-m", "gpt2", {**GPT2_MEDIUM, "attn_pdrop": 0.0}, "a100-80", 8, "it is {GB} GB"),
+        ("diffugpt-m", "gpt2", GPT2_MEDIUM, "h200", 1, "{hours} on one H200"),
+        ("diffullama-7b", "llama", LLAMA_7B, "gh200", 64, "{GB} of {usable} GB on each of 64; {hours} on 64 GH200"),
+        ("diffullama-7b", "llama", LLAMA_7B, "h200", 8, "{hours} on 8 H200"),
+        ("gsm8k-diffullama", "llama", LLAMA_7B, "h100", 1, "{GB} GB by diffulm plan"),
+        ("gsm8k-diffugpt", "gpt2", GPT2_MEDIUM, "a100-80", 8, "{hours} hours on 8 x A100-80G; {GB} GB on each"),
+        ("countdown-diffugpt", "gpt2", GPT2_MEDIUM, "a100-80", 8, "{hours} hours on 8 x A100-80G; {GB} GB on each"),
+    ],
+)
+def test_headers_say_what_plan_says(
+    name: str, family: str, sizes: dict[str, Any], gpu: str, count: int, words: str
+) -> None:
+    import transformers
+
+    from diffulm.train.plan import plan
+
+    found = plan(recipe_of(name), transformers.AutoConfig.for_model(family, **sizes), gpu=gpu, count=count)
+    assert found.hours is not None
+    figures = {
+        "GB": round(found.asked.total / 1e9), "usable": round(found.usable / 1e9), "hours": round(found.hours),
+        "largest": found.asked.largest,
+    }  # fmt: skip
+    text = re.sub(r"\s+#?\s*", " ", header(name))
+    for phrase in words.format(**figures).split("; "):
+        assert phrase in text, phrase
+
+
 def test_hub_data_sets_are_asked_for_by_name_and_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 

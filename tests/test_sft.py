@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,8 +19,8 @@ from diffulm import answers, cli, hub
 from diffulm.adapt import adapt
 from diffulm.answers import histogram, same
 from diffulm.convert import convert
-from diffulm.data.chat import Conversations, tokenise
-from diffulm.data.conversations import read_conversations
+from diffulm.data.chat import Answers, Conversations, tokenise
+from diffulm.data.conversations import Conversation, read_conversations
 from diffulm.data.sources import Source
 from diffulm.sft import answer_share, sft, split_digits
 from diffulm.template import open_turn
@@ -225,8 +226,12 @@ def test_the_share_of_answers_is_that_of_what_may_be_noised(parents: Any, tmp_pa
 
 def test_a_template_is_needed_and_nothing_is_left_behind(parents: Any, tmp_path: Path) -> None:
     data = talks(tmp_path / "talks.jsonl")
-    with pytest.raises(ValueError, match=r"no chat template.*sft\.chat_template, sft\.plain_template"):
+    with pytest.raises(ValueError, match=r"no chat template.*sft\.chat_template .*sft\.plain_template") as error:
         sft(recipe_of(parents["bare"], data), tmp_path / "run", device="cpu", say=quiet)
+    assert "--" not in str(error.value), "train and adapt have no such flags"
+    with pytest.raises(ValueError, match=r"template that was given is not valid Jinja, line 1: ") as error:
+        sft(recipe_of(parents["bare"], data, chat_template="{% for"), tmp_path / "run", device="cpu", say=quiet)
+    assert "talks.jsonl" not in str(error.value)
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"beyond the model's 128 positions"):
         recipe = recipe_of(parents["full"], data)
@@ -245,17 +250,114 @@ def test_bad_rows_are_named_or_counted_aloud(parents: Any, tmp_path: Path) -> No
     assert report["data"]["talks"]["bad"] == 2 and any("2 bad rows left out" in line for line in said)
 
 
-def test_long_answers_are_counted_aloud_and_something_must_be_held_out(parents: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def long_talks(tmp_path: Path) -> Path:
+    """40 conversations that fit 64 tokens; behind them 19 that do not, and one whose second answer does not."""
     path = talks(tmp_path / "talks.jsonl")
     with path.open("a") as file:
-        file.write("".join(json.dumps({"messages": talk(f"{i}?", "long " * 90)}) + "\n" for i in range(20)))
+        file.write("".join(json.dumps({"messages": talk(f"{i}?", "long " * 90)}) + "\n" for i in range(19)))
+        file.write(json.dumps({"messages": talk("Is 1 odd?", "Yes.", "Is 3?", "Yes, " * 90)}) + "\n")
+    return path
+
+
+def rescored(run: Path, split: str) -> int:
+    """Answers of a split that fit 64 tokens, counted from what is stored."""
+    found = Answers.open(run / f"data/talks/{split}.npz")
+    return sum(1 + sum(map(len, found.pair(i))) <= 64 for i in range(len(found)))
+
+
+def test_an_answer_longer_than_the_window_stops_before_training(parents: Any, long_talks: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"talks\.jsonl, line 4\d: \d+ tokens \(1 \+ context \d+ \+ answer") as error:
+        sft(recipe_of(parents["full"], long_talks), tmp_path / "run", device="cpu", say=quiet)
+    for words in ("window has 64", "20 of 61 answers of source 'talks'", "data.length (to ", "'skip'", "--skip-bad"):
+        assert words in str(error.value), words
+    assert not (tmp_path / "run").exists()
+    # So it is where the only one is held out.
+    rows = [json.loads(line) for line in long_talks.read_text().splitlines()]
+    read = read_conversations(Source("talks", str(long_talks)), heldout_fraction=0.2).conversations
+    held = [i for i, one in enumerate(read) if one.heldout and i >= 40]
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", [*rows[:40], rows[held[0]]])
+    with pytest.raises(ValueError, match=r"fewer\.jsonl, line 41: .*; 1 of 41 answers"):
+        sft(recipe_of(parents["full"], fewer), tmp_path / "run", device="cpu", say=quiet)
+
+
+@pytest.mark.parametrize(
+    "options", [{"too_long": "skip"}, {"too_long": "truncate"}, {"skip_bad": True}], ids=["skip", "truncate", "bad"]
+)
+def test_answers_that_are_too_long_are_counted_where_one_allows_them(
+    options: Any, parents: Any, long_talks: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
-    sft(recipe_of(parents["full"], path), tmp_path / "run", device="cpu", say=said.append)
-    assert any("answers are longer than the window of 64 tokens, left out" in line for line in said)
-    recipe = recipe_of(parents["full"], path)
+    recipe = recipe_of(parents["full"], long_talks, **options)
+    recipe = dataclasses.replace(recipe, eval=dataclasses.replace(recipe.eval, windows=50))
+    report = sft(recipe, tmp_path / "run", device="cpu", say=said.append)
+    found, text = report["data"]["talks"], (tmp_path / "run/report.md").read_text("utf-8")
+    train, heldout = found["train"], found["heldout"]
+    assert heldout["answers"] == report["before"]["answers"] == rescored(tmp_path / "run", "heldout")
+    assert heldout["left_out"] > 0 == heldout["cut"]
+    assert train["left_out"] + train["cut"] + heldout["left_out"] == 20
+    # The conversation of two answers has a context without room for a second: cut where one may, that is left out.
+    assert train["left_out"] == 1 and train["cut"] > 9 if options.get("too_long") == "truncate" else train["cut"] == 0
+    assert train["answers"] == rescored(tmp_path / "run", "train") + train["cut"]
+    assert len(found["too_long"]) == 3 and all("talks.jsonl, line " in place for place in found["too_long"])
+    assert all(place.rpartition("/")[2] in text for place in found["too_long"])
+    assert f"| {train['left_out']} | {train['cut']} | {heldout['left_out']} |" in text
+    assert any("longer than the window of 64 tokens" in line and found["too_long"][0] in line for line in said)
+    bad = "skip_bad" in options
+    assert found["bad"] == (20 if bad else 0) and (found["too_long"][0] in found["problems"]) == bad
+    assert ("(among the bad rows)" in text) == bad
+    before = json.loads((tmp_path / "run/data/conversations.json").read_text())["talks"]
+    assert before["bad"] == 0, "what depends on the window is not kept: a resumed run counts it once"
+
+
+def test_where_nothing_fits_or_is_held_out_the_error_says_so(parents: Any, long_talks: Path, tmp_path: Path) -> None:
+    lines = long_talks.read_text().splitlines(keepends=True)
+    (tmp_path / "long.jsonl").write_text("".join(lines[40:59]))
+    for options in ({"too_long": "skip"}, {"skip_bad": True}):
+        with pytest.raises(ValueError, match=r"'talks' has no answer to train on .*the first: .*long\.jsonl, line \d"):
+            sft(recipe_of(parents["full"], tmp_path / "long.jsonl", **options), tmp_path / "run", say=quiet)
+    recipe = recipe_of(parents["full"], long_talks, too_long="skip")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, heldout_fraction=0.0))
-    with pytest.raises(ValueError, match="no answer is held out to measure with"):
+    with pytest.raises(ValueError, match="no answer is held out to measure with; give at least two"):
         sft(recipe, tmp_path / "other", device="cpu", say=quiet)
+
+
+def test_held_out_answers_of_which_none_fits_are_named(parents: Any) -> None:
+    tokenizer = load_tokenizer(parents["full"])
+    held = tokenise([Conversation(tuple(talk("a", "long " * 90)), "t.jsonl, line 3")], tokenizer)
+    with pytest.raises(ValueError, match=r"no answer that is held out .* window of 64 .*t\.jsonl, line 3: \d+ tokens"):
+        answers.pick_heldout([held], special_tokens(tokenizer), 64, 8)
+
+
+def as_toml(recipe: Path, parent: Path, data: Path) -> Path:
+    recipe.write_text(f"""
+task = "sft"
+model = {{ parent = "{parent}" }}
+data = {{ length = 64, heldout_fraction = 0.2, sources = [{{ name = "talks", path = "{data}" }}] }}
+train = {{ batch = 4, dtype = "float32", compile = "off", steps = 2 }}
+eval = {{ windows = 2, draws = 2 }}
+""")
+    return recipe
+
+
+@pytest.mark.parametrize("verb", ["train", "adapt"])
+def test_bad_rows_are_left_out_by_a_flag(
+    verb: str, parents: Any, long_talks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with long_talks.open("a") as file:
+        file.write('{"messages": []}\n')
+    recipe = str(as_toml(tmp_path / "r.toml", parents["full"], long_talks))
+    command = [verb, *([recipe] if verb == "train" else ["--recipe", recipe]), "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "talks.jsonl, line 61: there are no messages" in error and "--skip-bad" in error
+    assert cli.main([*command, "--device", "cpu", "--skip-bad"]) == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["recipe"]["sft"]["skip_bad"] and report["data"]["talks"]["bad"] == 21
+    # Text has no such rows.
+    other = [verb, *(["smollm2-cpu"] if verb == "train" else ["--recipe", "smollm2-cpu"]), "--out", str(tmp_path / "o")]
+    assert cli.main([*other, "--skip-bad"]) == 2 and not (tmp_path / "o").exists()
+    assert "bad rows of conversations, for a recipe of task 'sft'" in capsys.readouterr().err
 
 
 def test_each_task_has_its_own_job(parents: Any, tmp_path: Path) -> None:
@@ -360,6 +462,13 @@ def test_the_papers_numbers_of_gsm8k() -> None:
     assert (gpt.train.batch, gpt.train.learning_rate, gpt.train.steps) == (128, 3e-4, 200 * 380_000 // 128)
     assert gpt.train.warmup * gpt.train.steps == 2000 and gpt.sft.split_digits and not gpt.sft.lora_rank
     assert (llama.sft.lora_rank, llama.train.learning_rate, llama.sft.split_digits) == (16, 1e-4, False)
+
+
+def test_the_mixture_of_the_guide_is_a_recipe(tmp_path: Path) -> None:
+    guide = (RECIPES.parent / "docs/guides/sft.md").read_text("utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "r.toml").write_text('task = "sft"\n' + block, encoding="utf-8")
+    assert [source.weight for source in load_recipe(tmp_path / "r.toml").data.sources] == [0.4, 0.3, 0.3]
 
 
 @pytest.mark.parametrize("name", SFT_RECIPES)

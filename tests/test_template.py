@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from diffulm.template import (
     PLAIN,
+    RECIPE,
     check_messages,
     end_token,
     last_turn,
@@ -96,6 +97,8 @@ def test_templates_and_texts_that_cannot_be(template: str, messages: Any, messag
         ([], "there are no messages"),
         (talk("a", " \n"), r"message 2 \(assistant\) is empty"),
         ([{"role": "user", "content": None}], r"message 1 \(user\) is empty"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], r"\(user\): its content is a list of parts"),
+        ([{"role": "user", "content": 5}], r"message 1 \(user\): its content is int, not text"),
         ([{"role": "tool", "content": "a"}], "message 1 has role 'tool'; use system, user, assistant"),
         ([{"content": "a"}], "message 1 has role None"),
         (talk("a", "b")[::-1], r"roles are out of order \(assistant, user\)"),
@@ -130,3 +133,27 @@ def test_a_template_from_a_file_the_plain_one_or_none(tmp_path: Path) -> None:
     assert tokenizer.chat_template == CHATML
     use_template(tokenizer, LOUD)
     assert tokenizer.chat_template == LOUD
+
+
+def test_a_remedy_is_what_the_caller_has() -> None:
+    with pytest.raises(ValueError, match=r"with sft\.chat_template = .* sft\.plain_template = true") as error:
+        use_template(chat_tokenizer(None), means=RECIPE)
+    assert "--" not in str(error.value)
+    for template in (FORGETFUL, LOUD):
+        with pytest.raises(ValueError, match=r"give another with sft\.chat_template") as error:
+            last_turn(chat_tokenizer(template), talk("a", "b", "c", "d"), means=RECIPE)
+        assert "--" not in str(error.value)
+
+
+def test_a_template_that_is_no_jinja_is_named_with_its_line(tmp_path: Path) -> None:
+    broken = "{% for m in messages %}\n{{ m.content }\n{% endfor %}"
+    path = tmp_path / "t.jinja"
+    path.write_text(broken)
+    for template, own, name in ((str(path), None, str(path)), (broken, None, "that was"), (None, broken, "of the")):
+        with pytest.raises(ValueError, match=rf"template {name}.* is not valid Jinja, line 2: .*--chat-template FILE"):
+            use_template(chat_tokenizer(own), template)
+    with pytest.raises(ValueError, match="not valid Jinja, line 1: No filter named 'frob'"):
+        use_template(chat_tokenizer(None), "{{ messages | frob }}")
+    # What a template refuses, or cannot do with a message of another kind, is no mistake in it.
+    for fine in ("{{ raise_exception('no') }}", "{{ messages[0].content + 1 }}", "{% generation %}{% endgeneration %}"):
+        use_template(chat_tokenizer(None), fine)

@@ -10,6 +10,7 @@ A LoRA made here also has the mask token's embedding row, written as peft writes
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import runtime, weights
 
@@ -33,6 +35,8 @@ _NOT_PLAIN = (
 )
 _SAVED = re.compile(r"\.modules_to_save(\.default)?")
 _ROWS = ".token_adapter.trainable_tokens_delta"
+#: Names of modules that choose experts.
+_ROUTERS = ("gate", "router")
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
 
@@ -163,11 +167,16 @@ def _merge_by_peft(model: Any, folder: Path, known: dict[str, str], pieces: dict
 
 
 class TrainedRow(nn.Module):
-    """An embedding of which one row is trained and the rest is frozen."""
+    """An embedding of which one row is trained and the rest is frozen.
+
+    The row is kept as it stands in the table. What the table's class does to what it looks up (Gemma's scales it) is
+    done to the row too.
+    """
 
     def __init__(self, table: nn.Embedding, index: int) -> None:
         super().__init__()
         self.table, self.index = table, index
+        table.padding_idx = None  # it denies a row its gradient, and frozen rows have none
         self.row = nn.Parameter(table.weight[index].detach().clone())
 
     @property
@@ -177,7 +186,9 @@ class TrainedRow(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         found: Tensor = self.table(ids)
-        return torch.where((ids == self.index)[..., None], self.row.to(found.dtype), found)
+        # The table's own forward, over a table of this one row.
+        row: Tensor = functional_call(self.table, {"weight": self.row[None]}, (ids.new_zeros(1),))
+        return torch.where((ids == self.index)[..., None], row, found)
 
 
 def add_lora(
@@ -185,32 +196,79 @@ def add_lora(
 ) -> Any:
     """Freeze a transformers model and give it a trainable LoRA, in place; returns peft's config for `write_lora`.
 
-    Every linear module but the head, or those whose names end like `targets`. The mask token's embedding row is
-    trained too: a new row has seen nothing. The head needs none, since the mask token is never predicted.
+    Every linear module gets one, or those whose names end like `targets`; but not the head, routers, and what peft
+    cannot tell from a stack of experts (`_carried`). Such stacks stay frozen. The mask token's embedding row is trained
+    too: a new row has seen nothing. The head needs none, since the mask token is never predicted.
 
-    ValueError when peft is missing or no module has such a name.
+    ValueError when peft is missing or one of `targets` names no such module; the model then has no LoRA.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("a LoRA is trained by peft; pip install 'diffulm[lora]', or set sft.lora_rank = 0") from error
+    config = _config(model, _chosen(model, targets), r=rank, lora_alpha=alpha)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets) or "all-linear",  # type: ignore[arg-type]
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-    )  # fmt: skip
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore", FutureWarning)  # peft's own use of older transformers
-            torch.manual_seed(seed)
-            peft.inject_adapter_in_model(config, model)
-    except ValueError as error:
-        raise ValueError(f"sft.lora_targets = {list(targets)} fits no module of {model.config.model_type}") from error
+    _inject(config, model, seed=seed)
     model.set_input_embeddings(TrainedRow(model.get_input_embeddings(), mask_token_id))
     config.trainable_token_indices = [mask_token_id]
     config.inference_mode = True
     return config
+
+
+def _config(model: Any, names: list[str], **sizes: Any) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("a LoRA is trained by peft; pip install 'diffulm[lora]', or set sft.lora_rank = 0") from error
+    held_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())
+    return peft.LoraConfig(target_modules=names, fan_in_fan_out=held_transposed, **sizes)
+
+
+def _inject(config: Any, model: Any, *, seed: int = 0, **options: Any) -> None:
+    import peft
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of older transformers
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model, **options)
+
+
+def _chosen(model: Any, targets: tuple[str, ...]) -> list[str]:
+    """Full names of the modules that get a LoRA."""
+    known, kind = _carried(model), model.config.model_type
+    if not targets:
+        return known
+    chosen = {target: [name for name in known if f".{name}".endswith(f".{target}")] for target in targets}
+    if unfit := [target for target, names in chosen.items() if not names]:
+        last = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+        raise ValueError(
+            f"sft.lora_targets = {unfit} fits no module of {kind} that can have a LoRA; choose among {last}, or leave "
+            "it out for all of them"
+        )
+    return sorted({name for names in chosen.values() for name in names})
+
+
+def _carried(model: Any) -> list[str]:
+    """Full names of the linear modules that peft gives a LoRA when asked for all of them; ValueError when it cannot.
+
+    Not the head, and no routers: some give more than a product. In mixtures of experts peft takes some names for those
+    of an expert's matrices in older files, and wraps the stack of experts instead (in DeepSeek-V3 the dense and the
+    shared MLPs are named so). So it is asked on a copy of the model's modules, which hold the same weights.
+    """
+    head = model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and module is not head
+        and name.rpartition(".")[2] not in _ROUTERS
+    ]
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what it does not find
+            _inject(_config(model, linear), copied, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ValueError(
+            f"peft can give no module of {model.config.model_type} a LoRA ({error}); set sft.lora_rank = 0"
+        ) from error
+    return [name for name in linear if hasattr(copied.get_submodule(name), "lora_A")]
 
 
 def write_lora(

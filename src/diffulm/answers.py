@@ -43,7 +43,7 @@ class Answered:
 
 def pick_heldout(stores: Sequence[Answers], special: SpecialTokens, length: int, limit: int) -> list[Answered]:
     """At most `limit` answers that fit a window of `length` tokens, an equal share of each store: the first of every
-    conversation before a second of any. ValueError when there is none.
+    conversation before a second of any. ValueError when there is none, with the first that is too long.
     """
     share = -(-limit // len(stores))
     picked: list[Answered] = []
@@ -59,6 +59,11 @@ def pick_heldout(stores: Sequence[Answers], special: SpecialTokens, length: int,
                 ranked.append((turns[owner], i, Answered(request, (number, owner), int(held.sizes[i]))))
         picked += [entry for *_, entry in sorted(ranked, key=lambda r: r[:2])[:share]]
     if not picked:
+        if long := [held.place(int(i)) for held in stores for i in held.too_long(length)[:1]]:
+            raise ValueError(
+                f"no answer that is held out to measure with fits the window of {length} tokens with its context (the "
+                f"first: {long[0]}); raise data.length, shorten the answers, or give more conversations"
+            )
         raise ValueError(
             "no answer is held out to measure with; give at least two conversations that fit data.length, and "
             "data.heldout_fraction above 0"
@@ -218,10 +223,12 @@ def blocks(report: Mapping[str, Any]) -> Iterator[Block]:
     yield Prose("Data", "heading")
     counts = [
         (name, f"{n['train']['answers']:,}", f"{n['train']['answer_tokens']:,}", f"{n['heldout']['answers']:,}",
-         f"{n['bad']:,}")
+         f"{n['bad']:,}", f"{n['train']['left_out']:,}", f"{n['train']['cut']:,}", f"{n['heldout']['left_out']:,}")
         for name, n in report["data"].items()
     ]  # fmt: skip
-    yield Table(("Source", "Answers to train on", "Their tokens", "Answers held out", "Bad rows left out"), counts)
+    header = ("Source", "Answers to train on", "Their tokens", "Answers held out", "Bad rows left out")
+    yield Table((*header, "Too long, left out", "Too long, cut", "Held out, too long"), counts)
+    yield from _left_out(report["data"], recipe)
     yield Prose("What it took", "heading")
     facts = [
         ("Steps", f"{len(report['train']):,} of {recipe['train']['batch']} x {recipe['data']['length']} tokens"),
@@ -234,6 +241,20 @@ def blocks(report: Mapping[str, Any]) -> Iterator[Block]:
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _left_out(data: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[Block]:
+    """Where the first bad rows and the first answers that are too long stand, of the sources that have any."""
+    length = recipe["data"]["length"]
+    for name, count in data.items():
+        if bad := [problem for problem in count["problems"] if problem not in count["too_long"]]:
+            yield Prose(f"Bad rows of {name}, the first: {'; '.join(bad)}.")
+        if count["too_long"]:
+            among = " (among the bad rows)" if count["too_long"][0] in count["problems"] else ""
+            yield Prose(
+                f"Too long in {name} for a window of {length} tokens with their context{among}, the first: "
+                f"{'; '.join(count['too_long'])}."
+            )
 
 
 def _sides(answered: Mapping[str, Any], kind: str) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -132,7 +132,9 @@ class HFDenoiser(nn.Module):
     def new_cache(self) -> Cache:
         """An empty cache for this model. ValueError for a family whose layers keep more than keys and values."""
         if self.config.model_type in ALIBI:
-            raise ValueError(f"{self.config.model_type} (ALiBi) cannot decode from a cache; decode without one")
+            raise ValueError(
+                f"{self.config.model_type} (ALiBi) cannot decode from a cache; use full attention without one"
+            )
         return Cache(_keys_and_values())
 
     @property

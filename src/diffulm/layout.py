@@ -208,11 +208,19 @@ class Block:
         )
 
     def decoding_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor) -> Rows:
-        """Rows of a canvas in which every block before a wanted one is finished: its own clean copy."""
+        """Rows of a canvas in which every block before a wanted one is finished: its own clean copy.
+
+        Of the training rows only what a prediction is made from: the noisy and launch rows of the blocks with wanted
+        positions, and the clean rows before each sample's last such block. Every sample has as many rows as the one
+        that needs most, padded on the right; the wanted rows are those of training, in row-major order.
+        """
         zeros = torch.zeros_like(ids_BL)
-        group_BL = zeros + self.groups(ids_BL.shape[1]).to(ids_BL.device)
+        group_BL = self.groups(ids_BL.shape[1]).to(ids_BL.device).expand_as(ids_BL)
         batch = NoisedBatch(ids_BL, ids_BL, wanted_BL, wanted_BL, wanted_BL.float(), zeros, valid_BL, group_BL)
-        return dataclasses.replace(self, ar_weight=0.0).training_rows(batch)
+        rows = dataclasses.replace(self, ar_weight=0.0).training_rows(batch)
+        asked_BG = zeros.scatter_add(1, group_BL, wanted_BL.long()) > 0
+        last_B1 = torch.where(wanted_BL, group_BL, -1).amax(1, keepdim=True)
+        return _only(rows, torch.where(rows.stream == CLEAN, rows.block < last_B1, asked_BG.gather(1, rows.block)))
 
     def cached_rows(self, ids_BL: Tensor, valid_BL: Tensor, wanted_BL: Tensor, held_B: Tensor) -> Rows:
         """The same predictions from what a cache does not hold yet: a block a sample, the finished tokens before it.
@@ -309,6 +317,22 @@ def _rows(
         noised=noised,
         annealed=annealed,
     )
+
+
+def _only(rows: Rows, needed_BR: Tensor) -> Rows:
+    """The needed rows of every sample, in their order, padded on the right to the longest sample.
+
+    Nobody needed may attend to what is left out, and every source is needed.
+    """
+    needed_BR = needed_BR & rows.valid
+    R, width = rows.ids.shape[1], max(1, int(needed_BR.sum(1).max()))
+    at_BW = torch.argsort(~needed_BR, dim=1, stable=True)[:, :width]
+    taken: dict[str, Any] = {
+        name: getattr(rows, name).gather(1, at_BW) for name in ("ids", "position", "stream", "block", "document")
+    }
+    place_BR = needed_BR.cumsum(1) - 1
+    b, r = rows.source // R, rows.source % R
+    return dataclasses.replace(rows, **taken, valid=needed_BR.gather(1, at_BW), source=b * width + place_BR[b, r])
 
 
 def _positions(document_BL: Tensor) -> Tensor:

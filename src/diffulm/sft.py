@@ -30,11 +30,11 @@ from .answers import (
     write_sft_report,
 )
 from .data.chat import Answers, Conversations, tokenise, with_common_mean
-from .data.conversations import read_conversations
+from .data.conversations import SKIP_BAD, read_conversations
 from .denoiser import HFDenoiser
 from .job.arm import as_source, convert_stage, diffusion_of, fit, open_arm, open_to_score, shares, training_precision
 from .job.folder import Run, Say, as_json, begin, finished, opened, read_state, stages, write_state
-from .template import use_template
+from .template import RECIPE, use_template
 from .tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from .train.config import Recipe
 from .train.flops import Shape, Work, flops_per_token
@@ -43,6 +43,8 @@ from .train.loop import Progress
 from .train.metrics import read_metrics
 
 Stores = dict[str, tuple[Answers, Answers]]
+#: Places named of what is too long.
+SHOWN = 3
 
 
 def sft(
@@ -119,7 +121,7 @@ def init_stage(run: Run) -> None:
             hub.save(init, inner, model.tokenizer, diffusion)
     tokenizer = load_tokenizer(init)
     settings = run.recipe.sft
-    use_template(tokenizer, settings.chat_template, plain=settings.plain_template)
+    use_template(tokenizer, settings.chat_template, plain=settings.plain_template, means=RECIPE)
     if settings.split_digits:
         split_digits(tokenizer)
     tokenizer.save_pretrained(init)
@@ -154,7 +156,10 @@ def follow_checkpoint(run: Run) -> None:
 
 
 def data_stage(run: Run) -> tuple[Stores, dict[str, Any]]:
-    """Tokenised answers (train, held out) of every source, and what was counted on the way."""
+    """Tokenised answers (train, held out) of every source, and what was counted on the way.
+
+    ValueError where there is nothing to train on, or an answer too long that nobody allowed for.
+    """
     folder, data, settings = run.out / "data", run.recipe.data, run.recipe.sft
 
     def make() -> dict[str, Any]:
@@ -173,25 +178,73 @@ def data_stage(run: Run) -> tuple[Stores, dict[str, Any]]:
                 found.save(folder / config.name / f"{split}.npz")
                 count["bad"] += len(problems)
                 count["problems"] = [*count["problems"], *problems][:3]
-                tokens = int(len(found.ids) - found.contexts.sum())
-                count[split] = {"conversations": len(chosen), "answers": len(found), "answer_tokens": tokens}
+                count[split] = {"conversations": len(chosen)}
             counts[config.name] = count
         runtime.write_atomic(folder / "conversations.json", json.dumps(counts, indent=1))
         return counts
 
     there = on_first_rank((folder / "conversations.json").is_file)
     counts = runtime.read_json(folder / "conversations.json") if there else on_first_rank(make)
-    for name, count in counts.items():
-        run.say(
-            f"  {name}: {count['train']['answers']:,} answers ({count['train']['answer_tokens']:,} tokens) to train "
-            f"on, {count['heldout']['answers']:,} held out"
-        )
-        if count["bad"]:
-            run.say(f"  {name}: {count['bad']} bad rows left out; " + "; ".join(count["problems"]))
     names = [source.name for source in data.sources]
-    return {
-        n: (Answers.open(folder / n / "train.npz"), Answers.open(folder / n / "heldout.npz")) for n in names
-    }, counts  # fmt: skip
+    stores = {n: (Answers.open(folder / n / "train.npz"), Answers.open(folder / n / "heldout.npz")) for n in names}
+    counts = {n: counts[n] | in_window(run.recipe, n, *stores[n], counts[n]) for n in names}
+    for name, count in counts.items():
+        for line in describe(name, count, data.length):
+            run.say(f"  {line}")
+    return stores, counts
+
+
+def in_window(recipe: Recipe, name: str, train: Answers, heldout: Answers, count: dict[str, Any]) -> dict[str, Any]:
+    """The counts of a source that depend on the window: of each split the answers that can be used, their tokens, how
+    many are left out and how many cut; `too_long`, the places of the first; bad rows and their problems.
+
+    `count`: those of reading. A held-out answer is never cut: its bound would be that of another text.
+
+    Raises:
+        ValueError: no answer can be trained on; or one is too long, unless `sft.too_long` or `sft.skip_bad` allow it.
+    """
+    length, settings = recipe.data.length, recipe.sft
+    places = [found.place(int(i)) for found in (train, heldout) for i in found.too_long(length)[:SHOWN]][:SHOWN]
+    splits = {
+        "train": train.in_window(length, truncate=settings.too_long == "truncate"),
+        "heldout": heldout.in_window(length),
+    }
+    left_out = sum(found["left_out"] for found in splits.values())
+    if places and settings.too_long == "error" and not settings.skip_bad:
+        raise ValueError(
+            f"{places[0]}, but the window has {length}; {left_out} of {len(train) + len(heldout)} answers of source "
+            f"{name!r} are too long. Shorten them, raise data.length (to {max(train.longest, heldout.longest)} for all "
+            f"of them), or set sft.too_long = 'skip' or 'truncate' ({SKIP_BAD})"
+        )
+    if not splits["train"]["answers"]:
+        first = [f"; the first: {problem}" for problem in [*places, *count["problems"]]][:1]
+        raise ValueError(
+            f"source {name!r} has no answer to train on ({splits['train']['left_out']} do not fit the window of "
+            f"{length} tokens with their context, {count['bad']} bad rows{''.join(first)}); mend the rows, raise "
+            "data.length, or set sft.too_long = 'truncate'"
+        )
+    out: dict[str, Any] = {split: count[split] | found for split, found in splits.items()} | {"too_long": places}
+    if settings.too_long == "error":
+        out |= {"bad": count["bad"] + left_out, "problems": [*count["problems"], *places]}
+    return out
+
+
+def describe(name: str, count: dict[str, Any], length: int) -> list[str]:
+    """What was counted of a source, in lines for people."""
+    train, heldout = count["train"], count["heldout"]
+    lines = [
+        f"{name}: {train['answers']:,} answers ({train['answer_tokens']:,} tokens) to train on, "
+        f"{heldout['answers']:,} held out"
+    ]
+    if count["bad"]:
+        lines.append(f"{name}: {count['bad']} bad rows left out; " + "; ".join(count["problems"]))
+    if count["too_long"]:
+        lines.append(
+            f"{name}: answers longer than the window of {length} tokens with their context: {train['left_out']} left "
+            f"out and {train['cut']} cut to train on, {heldout['left_out']} left out of those held out; the first: "
+            + "; ".join(count["too_long"])
+        )
+    return lines
 
 
 def result_folder(run: Run) -> Path:
@@ -284,7 +337,7 @@ def train_stage(run: Run, stores: Stores, requests: list[Answered]) -> None:
         )  # fmt: skip
         denoiser.to(run.device)
     run.say("fine-tuning" + (f" a LoRA of rank {recipe.sft.lora_rank}" if lora is not None else " all weights"))
-    sequences = [cut(run, name, train_set, special) for name, (train_set, _) in stores.items()]
+    sequences = [cut(run, train_set, special) for train_set, _ in stores.values()]
     sequences = with_common_mean(sequences, shares(run, sequences))
     work = Work.of(recipe, noised=answer_share(run, sequences))
     few = requests[:: max(1, len(requests) // 6)][:6]
@@ -311,14 +364,11 @@ def answer_share(run: Run, sequences: Sequence[Conversations]) -> float:
     return sum(weight * part for weight, part in zip(weights, parts, strict=True)) / sum(weights)
 
 
-def cut(run: Run, name: str, source: Answers, special: SpecialTokens) -> Conversations:
-    """Training sequences of one source, and what did not fit, said aloud."""
+def cut(run: Run, source: Answers, special: SpecialTokens) -> Conversations:
+    """Training sequences of one source; what does not fit was counted, or refused, by `in_window`."""
     settings = run.recipe.sft
-    made = Conversations.cut(
+    return Conversations.cut(
         source, run.recipe.data.length, special, seed=run.recipe.train.seed, eos_padding=settings.eos_padding,
-        eos_weight=settings.eos_weight, too_long=settings.too_long, truncate_share=settings.truncate_share,
+        eos_weight=settings.eos_weight, too_long="truncate" if settings.too_long == "truncate" else "skip",
+        truncate_share=settings.truncate_share,
     )  # fmt: skip
-    for count, what in ((made.skipped, "left out"), (made.truncated, "cut")):
-        if count:
-            run.say(f"  {name}: {count} answers are longer than the window of {made.length} tokens, {what}")
-    return made

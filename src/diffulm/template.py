@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .tokenizer import encode, encode_after, special_tokens
 
@@ -34,6 +34,17 @@ PLAIN = (
 _ANSWER = "\ue0a1"
 
 
+class Means(NamedTuple):
+    """By what a caller is given a template, for the remedies of errors. `another`: a file; `plain`: the plain one."""
+
+    another: str
+    plain: str
+
+
+FLAGS = Means("--chat-template FILE", "--plain-template")
+RECIPE = Means("sft.chat_template = 'FILE' in the recipe", "sft.plain_template = true")
+
+
 @dataclass(frozen=True)
 class Turn:
     """One answer and what stands before it. `context`: the rendered text up to the answer, without a start token;
@@ -55,7 +66,10 @@ def check_messages(messages: Sequence[Message], *, answered: bool = False) -> No
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(f"message {i + 1} has role {role!r}; use {', '.join(ROLES)}")
-        if not isinstance(content, str) or not content.strip():
+        if content is not None and not isinstance(content, str):
+            found = "a list of parts" if isinstance(content, list) else type(content).__name__
+            raise ValueError(f"message {i + 1} ({role}): its content is {found}, not text; mend the row")
+        if content is None or not content.strip():
             raise ValueError(f"message {i + 1} ({role}) is empty; give it text or leave the conversation out")
     spoken = [m["role"] for m in messages]
     spoken = spoken[1:] if spoken[0] == "system" else spoken
@@ -68,14 +82,17 @@ def check_messages(messages: Sequence[Message], *, answered: bool = False) -> No
         raise ValueError("there is no assistant message, so nothing to learn; give every conversation an answer")
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None, *, plain: bool = False) -> None:
+def use_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None, *, plain: bool = False, means: Means = FLAGS
+) -> None:
     """Give the tokenizer a chat template, or the plain one where it has none; otherwise it must have its own.
 
-    `template`: a Jinja file, or the template itself where it holds a brace.
+    `template`: a Jinja file, or the template itself where it holds a brace. `means`: what the caller gives one by.
 
     Raises:
-        ValueError: there is no template, or the file cannot be read.
+        ValueError: there is no template, the file cannot be read, or it is no Jinja (with its line).
     """
+    name = "of the tokenizer" if template is None else template if "{" not in template else "that was given"
     if template is not None and "{" not in template:
         try:
             tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
@@ -86,10 +103,30 @@ def use_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None
     elif not getattr(tokenizer, "chat_template", None):
         if not plain:
             raise ValueError(
-                "the tokenizer has no chat template; give one with --chat-template FILE, or take the plain one with "
-                "--plain-template (in a recipe: sft.chat_template, sft.plain_template)"
+                f"the tokenizer has no chat template; give one with {means.another}, or take the plain one with "
+                f"{means.plain}"
             )
         tokenizer.chat_template = PLAIN
+    _check_syntax(tokenizer, name, means)
+
+
+def _check_syntax(tokenizer: Any, name: str, means: Means) -> None:
+    """ValueError with name and line where the tokenizer's template is no Jinja.
+
+    Rendering compiles it, with the extensions that templates may use. What a trial message meets besides is no
+    mistake: a template may refuse it.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": ROLES[1], "content": _ANSWER}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat template {name} is not valid Jinja, line {error.lineno}: {error.message}; mend it, or give "
+            f"another with {means.another}"
+        ) from error
+    except (TemplateError, TypeError):
+        pass
 
 
 def render(tokenizer: Any, messages: Sequence[Message]) -> str:
@@ -102,7 +139,7 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> str:
         raise ValueError(f"the chat template refuses the conversation ({error}); mend one of them") from error
 
 
-def last_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Turn:
+def last_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, means: Means = FLAGS) -> Turn:
     """The last message, an assistant's, as context, answer and end.
 
     ValueError where the template rewrites what came before, changes the answer, or where a message spells out a
@@ -117,13 +154,13 @@ def last_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
     if not known.startswith(earlier) or known.count(_ANSWER) != 1:
         raise ValueError(
             "the chat template renders a conversation otherwise once it goes on, so answers cannot be found in it; "
-            "give another with --chat-template FILE"
+            f"give another with {means.another}"
         )
     context, footer = known.split(_ANSWER)
     whole = render(tokenizer, messages)
     answer = next((a for a in (last["content"], last["content"].strip()) if whole == context + a + footer), None)
     if answer is None:
-        raise ValueError("the chat template changes what the assistant says; give another with --chat-template FILE")
+        raise ValueError(f"the chat template changes what the assistant says; give another with {means.another}")
     marks = [(at, -len(token), token) for token in _specials(tokenizer) if (at := footer.find(token)) >= 0]
     at, _, end = min(marks, default=(0, 0, ""))
     bos = tokenizer.bos_token

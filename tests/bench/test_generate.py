@@ -170,7 +170,8 @@ def test_from_the_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.
         (["--lengths", "900"], "trained length of 64"),
         (["--threads", "0"], "--threads must be at least 1"),
     ):
-        assert cli.main([*common, *wrong]) == 2
+        at = common.index(wrong[0])
+        assert cli.main([*common[:at], *wrong, *common[at + 2 :]]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and words in captured.err and captured.err.count("\n") == 1
     assert cli.main(["bench", "train", str(checkpoint)]) == 2

@@ -115,6 +115,37 @@ def test_bad_rows_are_named_by_line_or_counted(row: Any, message: str, tmp_path:
     assert found.bad == 1 and len(found.conversations) == 2 and "line 2: " in found.problems[0]
 
 
+def test_one_stray_row_does_not_make_the_others_bad(tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": talk(f"a{i}", "b")} for i in range(12)]
+    stray = {"prompt": "p", "response": "r"}
+    found = read(write_jsonl(tmp_path / "a.jsonl", [stray, [], *rows, stray]), skip_bad=True)
+    assert len(found.conversations) == 12 and found.bad == 3
+    assert "line 1: this row is prompt/response, most are messages" in found.problems[0]
+    assert "line 2: " in found.problems[1] and "line 15: this row" in found.problems[2], "in the order of the file"
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: this row is messages, the ones before it prompt/response"):
+        read(write_jsonl(tmp_path / "b.jsonl", [stray, *rows]))
+    found = read(write_jsonl(tmp_path / "c.jsonl", [stray, rows[0]]), skip_bad=True)
+    assert [c.where.rpartition(", ")[2] for c in found.conversations] == ["line 1"], "of as many, the first"
+
+
+def test_text_parts_are_joined_and_others_refused_by_name(tmp_path: Path) -> None:
+    def row(*parts: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": list(parts)}, *talk("", "Ho.")[1:]]}
+
+    one, two = ({"type": "text", "text": text} for text in ("Sum up:", "Hi?"))
+    found = read(write_jsonl(tmp_path / "a.jsonl", [row(two), row(one, two)])).conversations
+    assert [c.messages[0]["content"] for c in found] == ["Hi?", "Sum up:\nHi?"]
+    for bad, message in (
+        ({"type": "image_url", "image_url": {"url": "x"}}, r"1 \(user\) has a part of type 'image_url'"),
+        ("Hi?", r"1 \(user\) has a part of type 'str'"),
+        ({"type": "text", "text": None}, r"1 \(user\) has a text part without text"),
+    ):
+        with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: message {message}.*--skip-bad"):
+            read(write_jsonl(tmp_path / "a.jsonl", [row(one, bad)]))
+    with pytest.raises(ValueError, match=r"line 1: message 1 \(user\) is empty"):
+        read(write_jsonl(tmp_path / "a.jsonl", [row()]))
+
+
 def test_texts_that_are_not_text_and_files_without_any(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": ["a"], "response": "b"}])
     with pytest.raises(ValueError, match="line 1: field 'prompt' is list, not text"):
@@ -181,9 +212,36 @@ def test_answers_come_back_from_disk(tmp_path: Path) -> None:
     found.save(tmp_path / "a.npz")
     again = Answers.open(tmp_path / "a.npz")
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(vars(found).values(), vars(again).values()))
+    older = {name: value for name, value in vars(found).items() if name != "where"}
+    np.savez(tmp_path / "older.npz", **older)
+    again = Answers.open(tmp_path / "older.npz")
+    assert len(again) == 1 and again.place(0).startswith("answer 1: ")
     (tmp_path / "a.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="is no file of tokenised conversations"):
         Answers.open(tmp_path / "a.npz")
+
+
+def test_an_answer_knows_its_place_and_whether_it_fits() -> None:
+    made = conversations(talk("one", "two", "three", "four " * 9), talk("five", "six"))
+    found = tokenise([*made, Conversation(tuple(talk("é", "ü")), "döner.jsonl, line 7")], TOKENIZER)
+    places = [found.place(i).partition(": ")[0] for i in range(4)]
+    first = [f"chat.jsonl, line 1, message {i}" for i in (2, 4)]
+    assert places == [*first, "chat.jsonl, line 2", "döner.jsonl, line 7"], "each answer of several"
+    context, answer = (len(part) for part in found.pair(1))
+    size = 1 + context + answer
+    assert found.place(1).endswith(f": {size} tokens (1 + context {context} + answer {answer})")
+    assert found.longest == size and found.too_long(size).tolist() == [] and found.too_long(size - 1).tolist() == [1]
+
+
+@pytest.mark.parametrize("rule", ["skip", "truncate"])
+def test_what_is_counted_of_a_window_is_what_is_laid_out_in_it(rule: Any) -> None:
+    answers = bare((4, 3), (4, 30), (20, 3), (4, 11), (3, 12), (3, 13), (15, 1))
+    for length in (8, 16, 17, 24):
+        made = Conversations.cut(answers, length, SP, too_long=rule)
+        assert answers.in_window(length, truncate=rule == "truncate") == {
+            "answers": len(made.which), "answer_tokens": int(made.answers.sum()), "left_out": made.skipped,
+            "cut": made.truncated,
+        }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- sequences
@@ -249,7 +307,7 @@ def test_what_is_too_long_is_skipped_or_truncated() -> None:
     assert (made.skipped, made.truncated) == (1, 1)
     by_row = {int(row): k for k, row in enumerate(made.which)}
     assert (made.answers[by_row[1]], made.extra[by_row[1]]) == (11, 0), "cut at the window, without an end"
-    with pytest.raises(ValueError, match="none of 1 answers fits a window of 8"):
+    with pytest.raises(ValueError, match=r"none of 1 answers fits a window of 8 .*\(the first: answer 1: 13 tokens"):
         Conversations.cut(bare((9, 3)), 8, SP, too_long="truncate")
 
 

@@ -20,6 +20,7 @@ from diffulm.sampling import Draw
 from diffulm.tokenizer import encode
 
 from ..conftest import build_parent
+from ..families import random_model
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PROMPTS = ["The quick brown fox", "def add(a, b):", "A", "Numbers: 0 1 2 3 4 5 6 7"]
@@ -60,6 +61,28 @@ def test_the_cached_loop_is_the_uncached_one(family: str, tmp_path: Path) -> Non
             with torch.no_grad():
                 expected.append(int(stock(torch.tensor([expected])).logits[0, -1].argmax()))
         assert found == expected[len(context) :]
+
+
+def test_a_family_without_a_cache_writes_too() -> None:
+    """ALiBi: every text computed anew, of any lengths and caps together, greedy and drawn."""
+    stock = random_model("bloom", dtype=torch.float64)
+    contexts, caps = [[0, 5, 6, 7, 8, 9], [0], [0, 3, 4], [0, 9]], [5, 6, 1, 0]
+    written = continue_ids(HFDenoiser(stock, None), contexts, caps, draw=Draw(0.0), seeds=[0] * 4, pad=1)
+    for context, cap, found in zip(contexts, caps, written, strict=True):
+        expected = list(context)
+        for _ in range(cap):
+            with torch.no_grad():
+                expected.append(int(stock(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert found == expected[len(context) :]
+    seeds, how = [3, 4, 3, 5], {"draw": Draw(1.0), "finished": lambda b, new: len(new) == 2 + b}
+    together = continue_ids(HFDenoiser(stock, None), contexts, [9] * 4, seeds=seeds, **how)
+    assert [len(new) for new in together] == [2, 3, 4, 5]
+    for b in range(4):
+        alone = continue_ids(
+            HFDenoiser(stock, None), [contexts[b]], [9], seeds=[seeds[b]], draw=Draw(1.0),
+            finished=lambda _, new, b=b: len(new) == 2 + b,
+        )  # fmt: skip
+        assert alone == [together[b]]
 
 
 def test_a_text_does_not_depend_on_its_neighbours(parent: Path) -> None:

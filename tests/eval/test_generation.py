@@ -22,6 +22,7 @@ from diffulm.eval.generation_tasks import GENERATION
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
 from ..conftest import build_tokenizer
+from ..families import save_parent
 from .test_generation_tasks import STORY, STORY_PREFIX, folder, writer
 
 __all__ = ["folder", "writer"]  # fixtures
@@ -146,6 +147,20 @@ def test_a_block_checkpoint_writes_but_does_not_fill(run: Run, parent: Path, fol
     assert code == 2 and "does not see what stands behind a hole" in err
 
 
+def test_a_parent_without_a_cache_stands_beside(run: Run, folder: Path, tmp_path: Path) -> None:
+    """ALiBi: the parent's texts are computed without one, prompts of different lengths together."""
+    from diffulm.convert import convert
+
+    save_parent(tmp_path / "bloom", "bloom")
+    convert(str(tmp_path / "bloom"), tmp_path / "model", trained_length=64)
+    fixed = ["--data-dir", folder, "--dtype", "float32", "--device", "cpu", "--limit", 3, "--max-tokens", 4, "--json"]
+    code, text, err = run(
+        "eval", tmp_path / "model", "--tasks", "triviaqa", "--parent", tmp_path / "bloom", "--fewshot", 0, *fixed
+    )
+    assert code == 0, err
+    assert json.loads(text)["generation"][0]["cost"]["parent"]["texts"] == 3
+
+
 KILLED = """
 import sys, time
 from diffulm import cli
@@ -154,7 +169,7 @@ generate.TOGETHER = 1
 real = rate.Store.put
 def slow(self, entries):
     real(self, entries)
-    time.sleep(0.2)
+    time.sleep(0.5)
 rate.Store.put = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -174,7 +189,7 @@ def test_a_killed_run_goes_on(checkpoint: Path, folder: Path, tmp_path: Path) ->
         [sys.executable, "-c", KILLED, *arguments(out)], stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and child.poll() is None:
         if (out / "scores.jsonl").is_file() and (out / "scores.jsonl").read_bytes().count(b"\n") >= 10:
             break

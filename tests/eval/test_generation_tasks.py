@@ -286,14 +286,23 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
         generated.build("humaneval", tmp_path, None, execute=False)
     with pytest.raises(ValueError, match="countdown3 is read from a local file; give --data-dir with countdown/cd3"):
         generated.build("countdown3", None, None, execute=False)
-    with pytest.raises(ValueError, match=r"there is no file .*test.jsonl.gz; check --data-dir"):
+    with pytest.raises(ValueError, match=r"no file .*test.jsonl.gz; check --data-dir, or leave it out to take"):
         generated.build("gsm8k", tmp_path, None, execute=False)
+    for name in ("humaneval", "svamp", "countdown3"):  # not to be had from the Hub
+        with pytest.raises(ValueError, match=r"there is no file .*; check --data-dir$"):
+            generated.build(name, tmp_path, None, execute=True)
+    with pytest.raises(ValueError, match="rocstories shows no exemplars; leave it out, or --fewshot 3"):
+        generated.build("rocstories", tmp_path, 3, execute=False)
     write(tmp_path, "mbpp", [{**MBPP, "task_id": 5}])
     with pytest.raises(ValueError, match="has no record of the split that is scored"):
         generated.build("mbpp", tmp_path, None, execute=True)
     assert find_tasks(["generation,piqa"], list(GENERATION)) == [*GENERATION, "piqa"]
     with pytest.raises(ValueError, match="unknown task 'gms8k'; did you mean gsm8k"):
         find_tasks(["gms8k"], list(GENERATION))
+    with pytest.raises(
+        ValueError, match=r"there is no task; .*piqa.*rocstories.*wikitext2.*generation, quality, or text"
+    ):
+        find_tasks([], list(GENERATION))
 
 
 # ----------------------------------------------------------------------------------------------------- several texts

@@ -242,7 +242,7 @@ rate.CHUNK = 1
 real = rate.Store.put
 def slow(self, entries):
     real(self, entries)
-    time.sleep(0.2)
+    time.sleep(0.5)
 rate.Store.put = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on(checkpoint: Path, folder: Path, tmp_path: Path) ->
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, *arguments(out)], stderr=subprocess.DEVNULL, env=environment
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and child.poll() is None:
         if (out / "scores.jsonl").is_file() and (out / "scores.jsonl").read_bytes().count(b"\n") >= 3:
             break

@@ -31,7 +31,7 @@ from diffulm.runtime import uniforms
 from diffulm.sampling import Canvas, Draw, TopConfidence, denoise
 
 from .. import toy
-from ..conftest import build_tokenizer
+from ..conftest import build_parent, build_tokenizer
 
 MASK = toy.VOCAB - 1
 #: Prompts and stretches of several lengths; the second holds a natural mask token in its prompt, the third in what is
@@ -400,7 +400,7 @@ def test_every_task_from_local_files(model: Model, folder: Path) -> None:
 def test_code_is_filled_as_by_plain_loops(
     model: Model, folder: Path, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What sampler B writes into every line, in 4 steps at 0.95, by loops over tokens; it is that which is run."""
+    """What sampler B writes into every line, in 4 steps at a Llama's 0.9, by loops over tokens; that is what is run."""
     run: list[str] = []
 
     def passed(program: str, store: Any) -> bool:
@@ -415,7 +415,7 @@ def test_code_is_filled_as_by_plain_loops(
     for program, record in zip(run, (CODE, json.loads(json.dumps(CODE).replace("the", "The"))), strict=True):
         text = join.line(record)
         assert text is not None
-        ids, _ = write_by_loops(model.denoiser.model, text, rules, 4, 0.95, mask)
+        ids, _ = write_by_loops(model.denoiser.model, text, rules, 4, 0.9, mask)
         line = model.tokenizer.decode(ids)
         assert program == f"def add(a, b):\n{line}    return c\n\n{CODE['test']}\ncheck(add)\n"
 
@@ -433,7 +433,26 @@ def test_true_lines_pass_and_steps_leak_into_code(model: Model, folder: Path, mo
         report = evaluate(model, ["humaneval_infilling", "lambada"], folder, rules, execute=True)
         last = Joiner(model.tokenizer, rules, 64).last_word(LINES[-1])
         assert report["tasks"][1]["figures"]["pass@1"]["value"] == 1.0, "programs with their own lines pass"
-        assert asked[-1] == ((last.end - last.start, 1.0) if leaked else (4, 0.95))
+        assert asked[-1] == ((last.end - last.start, 1.0) if leaked else (4, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "expected"), [("llama", None, 0.9), ("gpt2", None, 0.95), ("llama", 0.7, 0.7)]
+)
+def test_the_temperature_is_the_scripts_own_for_the_family(
+    family: str, given: float | None, expected: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(str(build_parent(tmp_path / "parent", family)), tmp_path / "model", trained_length=64)
+    model = diffulm.load(tmp_path / "model", dtype="float32", device="cpu")
+    asked: list[float] = []
+
+    def write(d: Any, layout: Any, mask: int, texts: list[Text], p: PaperProtocol, **how: Any) -> list[list[int]]:
+        asked.append(how["temperature"])
+        return [list(t.ids[t.start : t.end]) for t in texts]
+
+    monkeypatch.setattr(paper, "sampler_b", write)
+    report = evaluate(model, ["humaneval_infilling"], folder, PaperProtocol(temperature=given), execute=True)
+    assert asked == [expected] and report["settings"]["temperature"] == expected
 
 
 def test_double_count_and_leaked_steps(model: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,8 +497,10 @@ def test_bad_input(model: Model, folder: Path, parent: Path, tmp_path: Path, mon
     with pytest.raises(ValueError, match="set skip_long=False"):
         evaluate(model, ["humaneval_infilling"], folder, execute=True)
     (folder / "piqa" / "validation.jsonl.gz").unlink()
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match=r"there is no file .*; check --data-dir$"):
         evaluate(model, ["piqa"], folder)
+    with pytest.raises(ValueError, match="there is no task; give some of lambada"):
+        evaluate(model, [], folder)
     (folder / "roc_cloze" / "cloze_test_val__spring2016.jsonl.gz").write_bytes(gzip.compress(b'{"InputSentence1": 1}'))
     with pytest.raises(ValueError, match=r"line 1: field 'InputSentence2' is missing"):
         evaluate(model, ["roc"], folder)
@@ -497,7 +518,10 @@ def test_the_verb(checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest
     assert cli.main([*common, "--tasks", "piqa,lambada", *local, "--lambada-double-count", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [t["task"] for t in report["tasks"]] == ["lambada", "piqa"] and report["settings"]["rates"] == 3
-    assert report["settings"]["lambada_double_count"]
+    assert report["settings"]["lambada_double_count"] and report["settings"]["temperature"] == 0.9
+    assert report["command"].startswith("diffulm ") and report["machine"] and report["versions"]["diffulm"]
+    assert cli.main([*common, "--tasks", "piqa", *local, "--temperature", "0.7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["temperature"] == 0.7
     assert cli.main([*common, "--tasks", "piqa", *local, "--out", str(tmp_path / "out")]) == 0
     assert "released scripts' arithmetic" in (tmp_path / "out" / "report.md").read_text()
     assert cli.main([*common, "--tasks", "piqa"]) == 2 and "give --data-dir" in capsys.readouterr().err
@@ -506,3 +530,46 @@ def test_the_verb(checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest
     assert cli.main(code) == 2 and "give --allow-code-execution" in capsys.readouterr().err
     assert cli.main([*code, "--allow-code-execution"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"][0]["figures"]["pass@1"]["value"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--parent", "/nonexistent", "--judge", "nothere"],
+            "--parent, --judge: without effect under --protocol paper",
+        ),
+        (["--steps", "4"], "--steps: without effect under --protocol paper; leave it out"),
+        (["--samples", "2"], "--samples: without effect"),
+        (["--policy", "confidence"], "--policy: without effect"),
+        (["--max-tokens", "9"], "--max-tokens: without effect"),
+        (["--fewshot", "0"], "--fewshot: without effect"),
+        (["--confidence", "0.9"], "--confidence: without effect"),
+        (["--guidance", "1.5"], "--guidance: without effect"),
+        (["--chat-template"], "--chat-template: without effect"),
+        (["--step-counts", "4"], "--step-counts: without effect"),
+        (["--draws", "0"], "rates (--draws) must be at least 1, not 0"),
+        (["--temperature", "0"], "temperature must be a positive number under the protocol, not 0"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is opened, which is not there."""
+    common = ["eval", "nowhere/at/all", "--protocol", "paper", "--tasks", "piqa", "--data-dir", str(tmp_path)]
+    assert cli.main([*common, *flags]) == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lambada-double-count"], "--lambada-double-count: without effect without --protocol paper"),
+        (["--judge", "gpt2"], "--judge: without effect without the task quality"),
+        (["--step-counts", "4"], "--step-counts: without effect without the task quality"),
+    ],
+)
+def test_flags_of_the_protocol_and_of_quality_are_theirs_alone(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", "nowhere/at/all", "--tasks", "piqa", "--data-dir", str(tmp_path), *flags]) == 2
+    assert words in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_the_room_of_an_answer_of_a_length_is_that_length(length: int, max_token
 def test_a_span_of_the_last_answer_is_written_again_between_both_sides() -> None:
     lazy = encode(TOKENIZERS["chatml"], " lazy")
     model = speaks(lambda text, start: lazy)
-    chat = Chat(model, max_tokens=16)
+    chat = Chat(model, max_tokens=16, steps=1)
     chat.messages = talk("What?", "the quick fox jumps")
     shown: list[Any] = []
     assert chat.rewrite("quick", len(lazy), lambda canvas, step: shown.append(canvas)) == "the lazy fox jumps"

@@ -237,6 +237,62 @@ def test_a_block_checkpoint_is_refused_what_it_cannot_do(loaded: Model) -> None:
     assert "e" not in infill(blocks, "a", "", length=6, must_not=["e"]).fills[0]
 
 
+# ------------------------------------------------------------------------------------------------ the space before
+
+
+def begins(watcher: Watcher, hole: int) -> str:
+    """What the first token of a hole adds to the text."""
+    assert watcher.canvas is not None
+    free = [False, *watcher.canvas.editable[0, 1:].tolist()]
+    at = [i for i in range(1, len(free)) if free[i] and not free[i - 1]][hole] - 1
+    tokenizer = tokenizer_of("bytelevel")
+    return decode(tokenizer, watcher.ids[: at + 1])[len(decode(tokenizer, watcher.ids[:at])) :]
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_hole_behind_a_space_begins_with_one(steps: int) -> None:
+    """Whatever the model would rather write; a hole behind something else begins as it likes."""
+    tokenizer = tokenizer_of("bytelevel")
+    comma = encode(tokenizer, ",")[0]
+    model, watcher = toy_model("bytelevel", dict.fromkeys(range(1, 40), comma)), Watcher()
+    text = infill(model, "The <hole:2> dog<hole:2> over <hole:2>.", steps=steps, watch=watcher)
+    pieces_are_kept(text, ["The ", " dog", " over ", "."], text.fills)
+    assert decode(tokenizer, watcher.ids) == str(text)
+    assert [begins(watcher, k)[:1] for k in range(3)] == [" ", ",", " "]
+    assert text.fills[1] == ",,"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_no_token_may_bring_the_space_it_is_given(kind: str) -> None:
+    """Under a ban on spaces, and where nothing stands before the space."""
+    watcher = Watcher()
+    for prefix, options in (("The ", {"must_not": [" "]}), (" ", {})):
+        text = infill(toy_model(kind), prefix, ", is", length=3, watch=watcher, **options)  # type: ignore[arg-type]
+        assert str(text) == prefix + text.fills[0] + ", is"
+        assert int(watcher.canvas.editable.sum()) == 3  # type: ignore[union-attr]
+        if kind != "metaspace" or prefix != " ":
+            assert decode(tokenizer_of(kind), watcher.given) == prefix + ", is"
+            assert decode(tokenizer_of(kind), watcher.ids) == str(text)
+
+
+def test_a_word_that_opens_a_hole_brings_the_space() -> None:
+    """One hole of just the tokens that the words need, then one more: both orders, the length given and searched."""
+    tokenizer = tokenizer_of("bytelevel")
+    words = ["fox", "dog"]
+    with_space = {word: encode_after(tokenizer, " " + word) for word in words}
+    bare = {word: encode_after(tokenizer, word) for word in words}
+    needed = min(len(with_space[a]) + min(len(bare[b]), len(with_space[b])) for a, b in (words, words[::-1]))
+    for length, seed in itertools.product((needed, needed + 1, "auto"), range(6)):
+        model, watcher = toy_model("bytelevel"), Watcher()
+        model.denoiser.logits[:] = model.denoiser.logits.roll(seed, 0)  # type: ignore[attr-defined]
+        text = infill(model, "The ", ".", length=length, max_length=9, must=words, watch=watcher)  # type: ignore[arg-type]
+        assert text.lengths[0] >= needed and all(word in text.fills[0] for word in words)
+        if watcher.steps:
+            assert decode(tokenizer, watcher.ids) == str(text)
+    with pytest.raises(ValueError, match="do not fit into the holes"):
+        infill(toy_model("bytelevel"), "The ", ".", length=needed - 1, must=words)
+
+
 # ------------------------------------------------------------------------------------------------------ the pieces
 
 sequences_st = st.lists(st.lists(st.integers(3, 6), min_size=2, max_size=3).map(tuple), min_size=1, max_size=4)
@@ -309,12 +365,22 @@ def test_a_policy_ranks_by_what_the_bans_leave() -> None:
     assert first.revealed[0].tolist() == [False, False, True]
 
 
-@given(st.lists(st.integers(0, 5), max_size=4), st.lists(st.integers(1, 4), max_size=4))
-def test_fits_is_a_packing(room: list[int], needs: list[int]) -> None:
-    every = itertools.product(range(len(room)), repeat=len(needs))
+def packed(size: int, spaced: bool, words: list[tuple[int, int | None]]) -> bool:
+    """Whether a stretch takes these words, whichever of them opens it, or a token that is left."""
+    short = sum(n for n, _ in words)
+    opened = [short - n + opener for n, opener in words if opener is not None]
+    return short < size or (not spaced and short == size) or (spaced and any(n <= size for n in opened))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.booleans()), max_size=3),
+    st.lists(st.tuples(st.integers(1, 3), st.none() | st.integers(0, 2)), max_size=4),
+)
+def test_fits_is_a_packing(room: list[tuple[int, bool]], words: list[tuple[int, int | None]]) -> None:
+    needs = [(n, None if more is None else n + more) for n, more in words]
     possible = any(
-        all(sum(n for n, k in zip(needs, where, strict=True) if k == r) <= size for r, size in enumerate(room))
-        for where in every
+        all(packed(*r, [n for n, k in zip(needs, where, strict=True) if k == i]) for i, r in enumerate(room))
+        for where in itertools.product(range(len(room)), repeat=len(needs))
     )
     assert fits(room, needs) == possible
 

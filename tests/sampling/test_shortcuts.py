@@ -63,16 +63,18 @@ POLICIES: list[Policy] = [
 
 
 class Counter:
-    """Counts forwards, and the samples, positions and predictions they were spent on."""
+    """Counts forwards, and the samples, positions, rows without padding, and predictions they were spent on."""
 
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = denoiser
         self.shapes: list[tuple[int, int]] = []
+        self.used: list[int] = []
         self.wanted: list[int] = []
         self.seen: list[torch.Tensor] = []
 
     def __call__(self, rows: Rows, *, cache: object = None) -> torch.Tensor:
         self.shapes.append(tuple(rows.ids.shape))  # type: ignore[arg-type]
+        self.used.append(int(rows.valid.sum()))
         self.wanted.append(len(rows.source))
         self.seen.append(rows.ids.clone())
         out: torch.Tensor = self.denoiser(rows, cache=cache)

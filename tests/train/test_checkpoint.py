@@ -387,7 +387,7 @@ def test_kill_9_at_random_moments(tmp_path: Path, how: str) -> None:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])
     aside = kills = 0
-    while kills < KILLS:
+    while kills < KILLS or (aside < 3 and kills < 10 * KILLS):  # where disks are fast, few fall into a write
         done = len(read_metrics(out))
         process = server.Process(target=victim, args=(out, config))
         process.start()

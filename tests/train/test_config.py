@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from diffulm.train.config import NoiseConfig, Recipe, SourceConfig, TrainConfig, from_dict, load_recipe, to_dict
+from diffulm.denoiser import HFDenoiser
+from diffulm.train.checkpoint import checkpoints
+from diffulm.train.config import (
+    MACHINE,
+    NoiseConfig,
+    Recipe,
+    SourceConfig,
+    TrainConfig,
+    differing_keys,
+    from_dict,
+    load_recipe,
+    to_dict,
+)
+
+from .tiny import CONFIG, make_denoiser, make_loader, run, same_weights
 
 
 def write(folder: Path, text: str) -> Path:
@@ -130,3 +146,55 @@ def test_a_recipe_that_is_not_there_and_one_that_is_no_text(tmp_path: Path) -> N
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not valid TOML"):
         load_recipe(tmp_path / "binary.toml")
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """The default recipe as JSON has it, with another value of one dotted key."""
+    recipe: dict[str, Any] = json.loads(json.dumps(to_dict(Recipe())))
+    table, name = key.split(".")
+    assert recipe[table][name] != value
+    recipe[table][name] = value
+    return recipe
+
+
+#: Another value of every key that a resume may change.
+OF_THE_MACHINE = {
+    "data.workers": 16, "train.micro_batch": 1, "train.activation_checkpointing": True, "train.replicas": 2,
+    "train.max_skipped": 3, "train.checkpoint_minutes": 60.0, "train.async_checkpoint": True, "train.keep": 5,
+    "train.heldout_evaluations": 50, "train.tensorboard": True,
+}  # fmt: skip
+
+
+def test_a_resume_may_change_what_is_the_machines_and_the_guide_lists_it() -> None:
+    plain = json.loads(json.dumps(to_dict(Recipe())))
+    assert set(OF_THE_MACHINE) == set(MACHINE)
+    guide = (RECIPES.parent / "docs" / "guides" / "scale.md").read_text(encoding="utf-8")
+    listed = guide[guide.index("Of these a resume may change") : guide.index("Anything else that differs")]
+    for key, value in OF_THE_MACHINE.items():
+        assert not differing_keys(plain, changed(key, value)), key
+        assert f"`{key.removeprefix('train.')}`" in listed, key
+    # Compiled layers compute other bits; text and scores made before a resume would not fit those after it.
+    for key, value in {"train.compile": "off", "data.strict": True, "eval.prompts": ["x"], "eval.draws": 9}.items():
+        assert list(differing_keys(plain, changed(key, value))) == [key]
+
+
+def test_how_often_held_out_text_is_scored_moves_no_weight(tmp_path: Path) -> None:
+    """Though scoring draws random numbers and the parent has dropout; also where a resume changes it."""
+    rows = make_loader().rows(99)[0]
+
+    def trained(name: str, evaluations: int, *, stop: bool = False) -> HFDenoiser:
+        def heldout() -> float:
+            if stop:
+                raise KeyboardInterrupt
+            return float(denoiser.nll(rows).mean() + 0 * torch.rand(()))
+
+        denoiser = make_denoiser("float32", attention_dropout=0.1)
+        config = replace(CONFIG, heldout_evaluations=evaluations, checkpoint_minutes=1e-9)
+        return run(tmp_path / name, config, denoiser=denoiser, heldout=heldout)
+
+    seldom = trained("seldom", 1)
+    assert same_weights(seldom, trained("often", 8))
+    with pytest.raises(KeyboardInterrupt):
+        trained("changed", 2, stop=True)
+    assert [path.name for path in checkpoints(tmp_path / "changed")][-1] == "step-00000003"
+    assert same_weights(seldom, trained("changed", 8))

@@ -122,7 +122,7 @@ def torchrun(processes: int, module: str, *arguments: str) -> subprocess.Complet
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
             "-m", module, *arguments,
         ],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -140,15 +140,23 @@ def difference(one: Path, other: Path, file: str = "final") -> float:
 
 
 def compare(
-    one: Path, other: Path, *, steps: Sequence[int] = range(1, 6), weights: float = 1e-10, rel: float = 1e-10
+    one: Path,
+    other: Path,
+    *,
+    steps: Sequence[int] = range(1, 6),
+    weights: float = 1e-10,
+    rel: float = 1e-10,
+    norm: float | None = None,
 ) -> None:
+    """Weights, and every step's figures, are the same but for rounding; `norm`: relative, of gradients (`rel`)."""
     assert difference(one, other) < weights
     mine, theirs = read_metrics(one), read_metrics(other)
     assert [r["step"] for r in mine] == [r["step"] for r in theirs] == list(steps)
     for x, y in zip(mine, theirs, strict=True):
         for key in ("loss", "grad_norm", "heldout"):
             assert (x[key] is None) == (y[key] is None), key
-            assert x[key] is None or x[key] == pytest.approx(y[key], rel=rel), key
+            close = norm if norm and key == "grad_norm" else rel
+            assert x[key] is None or x[key] == pytest.approx(y[key], rel=close), key
         assert (x["tokens"], x["learning_rate"], x["annealing"]) == (y["tokens"], y["learning_rate"], y["annealing"])
         assert [n for _, n in x["by_level"]] == [n for _, n in y["by_level"]], "the counts of both ranks"
         for (p, _), (q, _) in zip(x["by_level"], y["by_level"], strict=True):
@@ -198,10 +206,11 @@ def test_twenty_steps_in_float32(tmp_path: Path) -> None:
         compare(tmp_path / "one", tmp_path / name, steps=range(1, 21), weights=1e-4, rel=1e-3)
     moved = difference(tmp_path / "one", start(tmp_path / "start"))
     assert moved > 50 * 1e-4, "training must have moved the weights by far more than the tolerance"
-    for name, rel in (("autocast", 0.02), ("muon", 0.02)):
+    # A gradient's norm in bfloat16 differs by 1% to 3%, by the kernels of the CPU; a factor forgotten is 100%.
+    for name, rel, norm in (("autocast", 5e-3, 0.1), ("muon", 0.02, 0.02)):
         alone = tmp_path / f"{name} alone"
         job(alone, **{**TWENTY, **variants[name]})
-        compare(alone, tmp_path / name, steps=range(1, 21), weights=moved, rel=rel)
+        compare(alone, tmp_path / name, steps=range(1, 21), weights=moved, rel=rel, norm=norm)
 
 
 @pytest.mark.slow

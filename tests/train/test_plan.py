@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffulm import hub
+from diffulm import adapters, hub
 from diffulm.cli import main
 from diffulm.denoiser import HFDenoiser
 from diffulm.layout import Block, Causal, Full, NoisedBatch
 from diffulm.objective import diffusion_loss
 from diffulm.runtime import parse_precision
-from diffulm.train.config import DataConfig, ModelConfig, Recipe, TrainConfig
+from diffulm.train.config import DataConfig, ModelConfig, Recipe, SftConfig, TrainConfig
 from diffulm.train.flops import Shape, Work, flops_per_token
 from diffulm.train.memory import MemoryModel, some_rows
 from diffulm.train.optim import build_optimizers
 from diffulm.train.parallel import parallelize
 from diffulm.train.plan import FAILURES, GPUS, WRITE_SPEED, checkpoint_interval, find_gpu, plan
+from diffulm.train.slurm import slurm_script, torchrun_waits
 
 from ..conftest import tiny_config
+from ..families import FAMILIES, random_model
 
 SIZES = {
     "narrow": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab": 1000},
@@ -107,6 +112,20 @@ def test_experts_count_as_often_as_they_are_asked() -> None:
         shape = Shape.of(hub.skeleton(tf.Qwen3MoeConfig(**sizes)))
     attention = 32 * 32 * 2 + 32 * 16 * 2
     assert shape.matrix == 2 * (attention + 8 * 32 + 2 * 3 * 32 * 16)
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.becomes != "refused"])
+def test_operations_of_every_family(family: str) -> None:
+    """As they are by default torch counts neither the CPU's fused attention nor grouped products of experts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = random_model(family, attn_implementation="eager", experts_implementation="eager")
+    if family == "llama4_text":  # transformers multiplies every row with all experts; the plan counts the chosen ones
+        model.config.num_experts_per_tok = model.config.num_local_experts
+    B, R = 2, 48
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(2, 60, (B, R)))
+    assert counter.get_total_flops() == pytest.approx(Shape.of(model).forward(B * R, B * R * R, B * R), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------- bytes
@@ -194,6 +213,35 @@ def test_more_sequences_take_more_and_the_largest_that_fits_is_found() -> None:
     )
 
 
+def kept_bytes(model: Any, length: int, sequences: int) -> int:
+    """What a forward pass of training leaves for the backward pass, weights apart."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    alive = []  # or an address might be given twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        diffusion_loss(
+            HFDenoiser(model.train(), None), some_rows(Work(length, length, length**2, length / 2), sequences)
+        )
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_lora_keeps_hardly_less_than_full_training(size: str) -> None:
+    """So `LoraMemory` counts its activations as those of full training."""
+    model = hub.skeleton(config_of(size))
+    full = kept_bytes(model, 64, 2)
+    adapters.add_lora(model, 0, rank=8, alpha=16)
+    assert 0.8 * full < kept_bytes(model, 64, 2) <= full
+
+
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -213,6 +261,45 @@ def test_hours_cost_and_checkpoints_follow_from_the_operations() -> None:
     assert plan(tiny_recipe(), config, gpu="h100", count=16, mfu=0.5).hours == pytest.approx(found.hours / 2)
     assert plan(tiny_recipe(steps=None, minutes=30.0), config, gpu="h100", count=1).hours == 0.5
     assert plan(tiny_recipe(steps=None), config, gpu="h100", count=1).hours is None
+
+
+def lora_recipe(**train: Any) -> Recipe:
+    recipe = dataclasses.replace(tiny_recipe(**train), data=DataConfig(length=64), task="sft")
+    return dataclasses.replace(recipe, sft=SftConfig(lora_rank=8))
+
+
+def test_a_lora_is_planned_by_what_it_trains() -> None:
+    config = config_of("narrow")
+    lora = plan(lora_recipe(), config, gpu="h100", count=1)
+    full = plan(dataclasses.replace(lora_recipe(), sft=SftConfig()), config, gpu="h100", count=1)
+    # Rank x (inputs + outputs) of four attention and three MLP products in each layer, and the mask token's row.
+    D, H, KV = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    layer = 8 * (2 * (D + D) + 2 * (D + KV) + 3 * (D + H))
+    assert lora.trained == config.num_hidden_layers * layer + D and full.trained == full.shape.parameters
+    assert lora.shape == full.shape, "the model's own, without the LoRA"
+    parts, whole = lora.asked.parts, full.asked.parts
+    assert parts["gradients"] == 4 * lora.trained and parts["optimizer"] == 8 * lora.trained
+    assert parts["parameters"] == whole["parameters"] + 4 * lora.trained
+    assert parts["activations"] == whole["activations"]
+    assert parts["head"] == whole["head"] - 4 * lora.shape.head, "no gradient of a frozen head"
+    assert lora.checkpoint_bytes == 12 * lora.trained and full.checkpoint_bytes == 12 * full.shape.parameters
+    recipe = lora_recipe()
+    assert lora.flops_per_token == flops_per_token(lora.shape, Work.of(recipe), frozen=True) < full.flops_per_token
+    muon = plan(lora_recipe(optimizer="muon"), config, gpu="h100", count=1)
+    assert muon.asked.parts["optimizer"] == 4 * lora.trained
+
+
+def test_a_lora_is_not_planned_for_more_than_one_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"sft\.lora_rank = 8: a LoRA is trained in one process; give --count 1, or"):
+        plan(lora_recipe(), config_of("narrow"), gpu="h100", count=2)
+    config = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **LLAMA["7B"][0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["plan", "gsm8k-diffullama", "--config", str(tmp_path)]
+    assert main(words) == 2 and "give --count 1" in capsys.readouterr().err
+    assert main([*words, "--count", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "6.74B parameters, a LoRA of 40M, 1 x h200" in shown and "0.48 GB (trained weights and two" in shown
+    assert "shutdown-timeout" not in shown, "no torchrun, no patience of its"
 
 
 def test_the_interval_loses_least() -> None:
@@ -284,9 +371,12 @@ def test_the_verb_prints_a_plan_and_writes_a_script(
     text = script.read_text()
     assert "--nodes=8" in text and "--nproc-per-node=8" in text and "--signal=B:TERM@300" in text
     assert "-m diffulm train diffullama-7b --out runs/diffullama-7b" in text
+    assert "--shutdown-timeout=240 " in text and "\nexport TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\n" in text
+    assert 50 < found["step_seconds"] < 60 and found["stopping"] == pytest.approx(found["step_seconds"] + 80.9, abs=0.1)
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert main(words) == 0
     shown = capsys.readouterr().out
+    assert "stopping: 134 s, for the step under way (53 s) and a checkpoint; torchrun --shutdown-timeout 240" in shown
     assert "memory per GPU" in shown and "largest micro-batch" in shown and "Young/Daly" in shown
 
 
@@ -304,6 +394,75 @@ def test_the_verb_says_what_to_do_without_a_config(tmp_path: Path, capsys: pytes
     words = ["plan", "diffullama-7b", "--config", str(tmp_path), "--count", "20"]
     assert main([*words, "--slurm", str(tmp_path / "job.sh")]) == 2
     assert "do not fill nodes of 8" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ the script
+
+
+def script_for(stopping: float, hours: float = 30.0) -> str:
+    return slurm_script("r", name="r", file="job.sh", count=16, hours=hours, out="runs/r", stopping=stopping)
+
+
+@pytest.mark.parametrize(("stopping", "waits"), [(0, 240), (160, 240), (161, 300), (503, 780), (7000, 10500)])
+def test_long_steps_and_checkpoints_are_given_their_time(stopping: float, waits: int) -> None:
+    text = script_for(stopping)
+    assert torchrun_waits(stopping) == waits >= 1.5 * stopping
+    assert f"--shutdown-timeout={waits} " in text and f"--signal=B:TERM@{waits + 60}\n" in text
+
+
+def test_a_job_is_longer_than_its_notice() -> None:
+    assert "--time=02:00:00" in script_for(10, hours=0.1) and "--time=06:00:00" in script_for(10000, hours=0.1)
+    with pytest.raises(ValueError, match=r"take 14 hours; .* take more GPUs or a smaller train\.batch"):
+        script_for(14 * 3600)
+
+
+#: Slurm's commands as the script calls them: every call is a line of the log. `srun` answers SIGTERM as the real one
+#: does, by killing its step; the step itself ends in order when `scancel` signals it.
+SLURM = {
+    "scontrol": 'if [ "$1" = show ]; then echo node1; fi',
+    "squeue": 'echo "$STATE"',
+    "scancel": 'kill -TERM "$(cat "$BOX/step")"',
+    "srun": """
+[ -z "$FAILS" ] || exit "$FAILS"
+bash -c 'trap "echo checkpoint >> $BOX/log; exit 143" TERM; echo $$ > $BOX/step; while :; do sleep 0.05; done' &
+step=$!
+trap 'kill -KILL $step; exit 137' TERM
+wait $step""",
+}
+
+
+def run_script(box: Path, *, state: str = "RUNNING", fails: str = "", stop: bool = False) -> tuple[int, list[str]]:
+    """(exit code, calls in order) of the generated script among stand-ins; `stop`: Slurm's SIGTERM to it."""
+    box.mkdir()
+    for name, body in SLURM.items():
+        (box / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$BOX/log"\n{body}\n')
+        (box / name).chmod(0o755)
+    (box / "job.sh").write_text(script_for(100))
+    own = {"BOX": str(box), "PATH": f"{box}:{os.environ['PATH']}", "STATE": state, "FAILS": fails}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    job = subprocess.Popen(["bash", str(box / "job.sh")], env={**os.environ, **own, **slurm})
+    try:
+        while stop and job.poll() is None and not ((box / "step").is_file() and (box / "step").read_text()):
+            time.sleep(0.02)
+        if stop:
+            job.send_signal(signal.SIGTERM)
+        return job.wait(60), (box / "log").read_text().splitlines()
+    finally:
+        job.kill()
+
+
+def test_a_job_told_to_stop_writes_its_checkpoint_and_is_put_back(tmp_path: Path) -> None:
+    code, calls = run_script(tmp_path / "box", stop=True)
+    assert code == 0 and "srun --kill-on-bad-exit=1 torchrun --nnodes=2" in calls[1]
+    assert calls[-3:] == ["scancel --signal=TERM 7.0", "checkpoint", "scontrol requeue 7"]
+
+
+def test_a_cancelled_job_and_a_failed_one_are_not_put_back(tmp_path: Path) -> None:
+    code, calls = run_script(tmp_path / "cancelled", state="COMPLETING", stop=True)
+    assert code == 0 and calls[-1] == "checkpoint"
+    for name in ("2", "1"):  # bad input, a crash
+        code, calls = run_script(tmp_path / name, fails=name)
+        assert code == int(name) and not any("requeue" in call for call in calls)
 
 
 # ----------------------------------------------------------------------------------------------------------- doctor

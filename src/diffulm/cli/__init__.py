@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -137,4 +138,7 @@ def disk_is_full(error: BaseException | None) -> bool:
 
 def entry() -> None:
     """Console script."""
-    sys.exit(main())
+    code = main()
+    # All is written and said. Python takes its time to go (torch), and a Ctrl-C in that time would abort it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)

@@ -30,7 +30,7 @@ def plan(
 
     Args:
         recipe: Recipe file, or the name of a shipped one.
-        gpu: a100-40, a100-80, h100, h200, b200, l40s, mi300x, rtx3090, rtx4090, or cpu (measured here).
+        gpu: a100-40, a100-80, h100, h200, b200, gh200, l40s, mi300x, rtx3090, rtx4090, or cpu (measured here).
         count: GPUs.
         mfu: Share of the peak that the model's operations reach: assumed, 0.3 to 0.5 is usual.
         price: Of one GPU for one hour.
@@ -53,7 +53,7 @@ def plan(
     if slurm is not None:
         script = slurm_script(
             recipe, name=chosen.name, file=slurm.name, count=count, hours=found.hours,
-            out=out or f"runs/{chosen.name}", gpus_per_node=gpus_per_node,
+            out=out or f"runs/{chosen.name}", stopping=found.stopping, gpus_per_node=gpus_per_node,
         )  # fmt: skip
         slurm.write_text(script, encoding="utf-8")
     if json:
@@ -65,8 +65,12 @@ def plan(
 
 
 def _plan_lines(found: Any) -> Iterator[str]:
+    from ..train.slurm import torchrun_waits
+
     shape, asked = found.shape, found.asked
-    yield f"{found.recipe}: {found.parent}, {shape.parameters / 1e9:.3g}B parameters, {found.count} x {found.gpu}"
+    lora = found.trained < shape.parameters
+    sizes = f"{shape.parameters / 1e9:.3g}B parameters" + (f", a LoRA of {found.trained / 1e6:.3g}M" if lora else "")
+    yield f"{found.recipe}: {found.parent}, {sizes}, {found.count} x {found.gpu}"
     yield ""
     yield f"memory per GPU, {found.precision}, micro-batch {asked.micro_batch}" + (
         ", activation checkpointing" if asked.checkpointing else ""
@@ -90,10 +94,18 @@ def _plan_lines(found: Any) -> Iterator[str]:
             f", cost {found.cost:,.0f}" if found.cost is not None else ""
         )
     yield (
-        f"checkpoint: {found.checkpoint_bytes / 1e9:.3g} GB (weights and two moments), every "
+        f"checkpoint: {found.checkpoint_bytes / 1e9:.3g} GB ({'trained ' * lora}weights and two moments), every "
         f"{found.interval / 60:,.0f} minutes"
     )
     yield "  sqrt(2 x writing time at 1 GB/s x time between failures at one per 50,000 GPU-hours): Young/Daly"
+    yield (
+        f"stopping: {found.stopping:,.0f} s, for the step under way ({found.step_seconds:,.0f} s) and a checkpoint"
+        + (
+            f"; torchrun --shutdown-timeout {torchrun_waits(found.stopping)}, or it kills after 30 s"
+            if found.count > 1
+            else ""
+        )
+    )
     for line in found.advice:
         yield f"note: {line}"
 

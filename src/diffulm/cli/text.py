@@ -64,6 +64,8 @@ def infill(
     max_length: int = 16,
     must: tuple[str, ...] = (),
     must_not: tuple[str, ...] = (),
+    block: int | None = None,
+    cache: Literal["none", "prefix", "dual"] = "none",
     guidance: float | None = None,
     watch: bool = False,
     json: bool = False,
@@ -81,8 +83,10 @@ def infill(
         max_length: Most tokens of a hole whose length is searched.
         must: Words that have to occur in a fill; they are put where the model finds them likeliest.
         must_not: Words that no fill may hold.
+        block: Tokens filled together, block after block (default: all holes at once; with a cache, 32).
+        cache: prefix or dual keep what stands outside the block, approximately (full attention); none: exact.
         guidance: Scale of guidance by the given text: 1 is none, more follows it closer, at two forwards a step (full
-            attention).
+            attention, no cache).
         watch: Show the denoising (on stderr).
         json: Print JSON.
     """
@@ -92,8 +96,8 @@ def infill(
     text = sys.stdin.read() if text == "-" else text
     with Watching(loaded, watch) as view:
         filled = job(
-            loaded, text, length=length, max_length=max_length, must=must, must_not=must_not, guidance=guidance,
-            watch=view, **drawing.arguments(),
+            loaded, text, length=length, max_length=max_length, must=must, must_not=must_not, block=block, cache=cache,
+            guidance=guidance, watch=view, **drawing.arguments(),
         )  # fmt: skip
     if json:
         print_json({

@@ -22,6 +22,7 @@ def adapt(
     text: tuple[str, ...] = (),
     text_field: str = "text",
     strict: bool = False,
+    skip_bad: bool = False,
     control: bool = True,
     seed: int | None = None,
     device: str | None = None,
@@ -44,6 +45,7 @@ def adapt(
         text: Text to train on instead of the recipe's: txt, jsonl, parquet, folder or Hub data set; several allowed.
         text_field: Field that holds the text.
         strict: Refuse invalid UTF-8 instead of replacing and counting it.
+        skip_bad: Leave out and count bad rows of conversations instead of stopping at them (recipes of task "sft").
         control: Also train the parent on the same text for the same budget.
         seed: Seed of order and noise.
         device: cpu, cuda or mps (default: the best there is).
@@ -65,7 +67,19 @@ def adapt(
         chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, sources=sources))
     if strict:
         chosen = dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, strict=True))
+    if skip_bad:
+        chosen = skipping_bad(chosen)
     run_adapt(chosen, out, control=control, device=device, offline=offline, as_json=json)
+
+
+def skipping_bad(recipe: Recipe) -> Recipe:
+    """The recipe with `--skip-bad`. ValueError for one that reads no conversations."""
+    if recipe.task != "sft":
+        raise ValueError(
+            "--skip-bad leaves out bad rows of conversations, for a recipe of task 'sft'; "
+            f"recipe {recipe.name!r} has task {recipe.task!r}: drop the flag"
+        )
+    return dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, skip_bad=True))
 
 
 def run_adapt(recipe: Recipe, out: Path, *, control: bool, device: str | None, offline: bool, as_json: bool) -> None:
@@ -231,6 +245,7 @@ def train(
     out: Path,
     minutes: float | None = None,
     steps: int | None = None,
+    skip_bad: bool = False,
     device: str | None = None,
     offline: bool = False,
     json: bool = False,
@@ -246,13 +261,15 @@ def train(
         out: Folder of the run.
         minutes: Budget in minutes instead of the recipe's.
         steps: Budget in optimizer steps instead of the recipe's.
+        skip_bad: Leave out and count bad rows of conversations instead of stopping at them (recipes of task "sft").
         device: cpu, cuda or mps.
         offline: Never ask the Hub or the package index.
         json: Print the report as JSON on stdout.
     """
     adapt(
-        out=out, recipe=recipe, minutes=minutes, steps=steps, control=False, device=device, offline=offline, json=json
-    )
+        out=out, recipe=recipe, minutes=minutes, steps=steps, skip_bad=skip_bad, control=False, device=device,
+        offline=offline, json=json,
+    )  # fmt: skip
 
 
 def export(

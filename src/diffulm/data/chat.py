@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime import generator, write_atomic
-from ..template import last_turn, turn_ids
+from ..template import RECIPE, last_turn, turn_ids
 from ..tokenizer import SpecialTokens
-from .conversations import Conversation
+from .conversations import SKIP_BAD, Conversation
 from .packing import best_fit
 
 EosPadding = Literal["one", "random", "window"]
@@ -41,7 +41,8 @@ class Answers:
 
     ids: int32 (tokens,). starts: int64 (answers + 1,), where each sample begins in `ids`. contexts: int64 (answers,),
     how many of its tokens are given. conversation: int64 (answers,), which one it came from. sizes: int64 (answers,),
-    UTF-8 bytes of the answer. No start tokens; an answer ends with its end token.
+    UTF-8 bytes of the answer. where: the place it was read from, UTF-8 bytes (answers,); empty in files of older
+    versions. No start tokens; an answer ends with its end token.
     """
 
     ids: NDArray[np.int32]
@@ -49,9 +50,47 @@ class Answers:
     contexts: NDArray[np.int64]
     conversation: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    where: NDArray[np.bytes_] = field(default_factory=lambda: np.empty(0, np.bytes_))
 
     def __len__(self) -> int:
         return len(self.contexts)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each answer, its end counted."""
+        return np.diff(self.starts) - self.contexts
+
+    def room(self, length: int) -> NDArray[np.int64]:
+        """Tokens that a window has for each answer, behind the start token and the context; may be negative."""
+        return length - 1 - self.contexts
+
+    def too_long(self, length: int) -> NDArray[np.int64]:
+        """Rows of the answers that do not fit a window with their context."""
+        return np.flatnonzero(self.lengths > self.room(length))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the shortest window that holds every answer."""
+        return int((1 + self.contexts + self.lengths).max(initial=0))
+
+    def in_window(self, length: int, *, truncate: bool = False) -> dict[str, int]:
+        """How many answers can be used in a window, their tokens there, how many are left out of it and how many cut.
+
+        truncate: what is too long loses its end, where its context leaves any room.
+        """
+        room, long = self.room(length), self.lengths > self.room(length)
+        used = room > 0 if truncate else ~long
+        tokens = np.minimum(self.lengths, room)[used].sum()
+        return {
+            "answers": int(used.sum()), "answer_tokens": int(tokens), "left_out": int((~used).sum()),
+            "cut": int((long & used).sum()),
+        }  # fmt: skip
+
+    def place(self, i: int) -> str:
+        """Where an answer was read from, and how many tokens it takes with its context."""
+        where = bytes(self.where[i]).decode() if len(self.where) else f"answer {i + 1}"
+        context, answer = int(self.contexts[i]), int(self.lengths[i])
+        return f"{where}: {1 + context + answer} tokens (1 + context {context} + answer {answer})"
 
     def pair(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """(context, answer) ids of one sample."""
@@ -69,7 +108,8 @@ class Answers:
         """Read what `save` wrote; ValueError when it is damaged."""
         try:
             with np.load(path, allow_pickle=False) as found:
-                return cls(**{name: found[name] for name in cls.__dataclass_fields__})
+                names = [name for name in cls.__dataclass_fields__ if name != "where" or name in found]
+                return cls(**{name: found[name] for name in names})
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise ValueError(
                 f"{path} is no file of tokenised conversations ({error}); delete it and run again"
@@ -86,29 +126,33 @@ def tokenise(
             special token, unless `skip_bad`, which adds the reason to `problems`.
     """
     ids: list[NDArray[np.int32]] = []
-    contexts, owner, sizes = [], [], []
+    contexts, owner, sizes, places = [], [], [], []
     for number, conversation in enumerate(conversations):
         made = []
+        several = sum(message["role"] == "assistant" for message in conversation.messages) > 1
         try:
             for i, message in enumerate(conversation.messages):
                 if message["role"] == "assistant":
-                    turn = last_turn(tokenizer, conversation.messages[: i + 1])
-                    made.append((*turn_ids(tokenizer, turn), len(turn.answer.encode())))
+                    turn = last_turn(tokenizer, conversation.messages[: i + 1], means=RECIPE)
+                    where = conversation.where + (f", message {i + 1}" if several else "")
+                    made.append((*turn_ids(tokenizer, turn), len(turn.answer.encode()), where))
         except ValueError as error:
             problem = f"{conversation.where}: {error}"
             if not skip_bad:
-                raise ValueError(f"{problem} (or leave bad rows out: sft.skip_bad)") from error
+                raise ValueError(f"{problem} ({SKIP_BAD})") from error
             if problems is not None:
                 problems.append(problem)
             continue
-        for context, answer, size in made:
+        for context, answer, size, where in made:
             ids.append(np.array([*context, *answer], np.int32))
             contexts.append(len(context))
             owner.append(number)
             sizes.append(size)
+            places.append(where.encode(errors="replace"))
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
-    return Answers(flat, starts, *(np.array(x, np.int64) for x in (contexts, owner, sizes)))
+    given, owners, texts = (np.array(x, np.int64) for x in (contexts, owner, sizes))
+    return Answers(flat, starts, given, owners, texts, np.array(places, np.bytes_))
 
 
 @dataclass(frozen=True)
@@ -170,8 +214,7 @@ class Conversations:
             raise ValueError(f"unknown eos_padding {eos_padding!r}: use one, random or window")
         # Row i is the same however many there are: the stream is read in order.
         u = generator(seed, -2, purpose="shuffle").random((len(source), 3))
-        answers = np.diff(source.starts) - source.contexts
-        room = length - 1 - source.contexts
+        answers, room = source.lengths, source.room(length)
         long = answers > room
         fits = (room > 0) if too_long == "truncate" else ~long
         cut = long | (u[:, 0] < truncate_share)
@@ -185,9 +228,10 @@ class Conversations:
         extra = np.where(cut, 0, np.clip(extra, 0, spare))
         which = np.flatnonzero(fits)
         if not len(which):
+            first = f" (the first: {source.place(0)})" if len(source) else ""
             raise ValueError(
-                f"none of {len(source)} answers fits a window of {length} tokens with its context; raise data.length, "
-                "or set sft.too_long = 'truncate'"
+                f"none of {len(source)} answers fits a window of {length} tokens with its context{first}; raise "
+                "data.length, or set sft.too_long = 'truncate'"
             )
         sizes = 1 + source.contexts + answers + extra
         bins, count = best_fit(sizes[which], length)

@@ -1,8 +1,8 @@
 """Conversations as people store them, read into one schema: messages with a role and a content.
 
-The format is told by the keys of a row, and one file has one format:
+The format is told by the keys of a row, and one source has one format:
 
-    messages     {"messages": [{"role": "user", "content": "..."}, ...]}
+    messages     {"messages": [{"role": "user", "content": "..."}, ...]}; content may be a list of text parts
     sharegpt     {"conversations": [{"from": "human", "value": "..."}, ...]}, optionally "system"
     alpaca       {"instruction": "...", "input": "..." (optional), "output": "..."}
     pairs        {"prompt": "...", "response": "..."}; also prompt/completion, question/answer and input/output
@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,6 +36,8 @@ KNOWN = (
 )  # fmt: skip
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _DIGEST_BITS = 64
+#: The remedy of every error that a bad row stops at.
+SKIP_BAD = "or leave bad rows out: --skip-bad, in a recipe sft.skip_bad = true"
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,10 @@ def format_of(row: Any) -> str:
 def messages_of(row: dict[str, Any], kind: str) -> list[Message]:
     """Messages of a row of that format; texts stay as they are. ValueError where a field is not what it should be."""
     if kind == "messages":
-        return [_message(turn, "role", "content", {}) for turn in _list(row, "messages")]
+        return [_message(i, turn, "role", "content", {}) for i, turn in enumerate(_list(row, "messages"), 1)]
     if kind == "sharegpt":
-        turns = [_message(turn, "from", "value", _SHAREGPT_ROLES) for turn in _list(row, "conversations")]
+        found = enumerate(_list(row, "conversations"), 1)
+        turns = [_message(i, turn, "from", "value", _SHAREGPT_ROLES) for i, turn in found]
         system = row.get("system")
         return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system.strip() else turns
     if kind == "alpaca":
@@ -108,19 +112,36 @@ def _text(row: dict[str, Any], key: str) -> str:
     return str(row[key])
 
 
-def _message(turn: Any, role: str, content: str, names: dict[str, str]) -> Message:
+def _message(number: int, turn: Any, role: str, content: str, names: dict[str, str]) -> Message:
     if not isinstance(turn, dict) or role not in turn or content not in turn:
         found = ", ".join(turn) if isinstance(turn, dict) else type(turn).__name__
         raise ValueError(f"a turn has {found or 'nothing'} in place of {role!r} and {content!r}; mend the row")
-    return {"role": names.get(str(turn[role]), str(turn[role])), "content": turn[content]}
+    speaker, said = names.get(str(turn[role]), str(turn[role])), turn[content]
+    return {"role": speaker, "content": _joined(said, number, speaker) if isinstance(said, list) else said}
+
+
+def _joined(parts: list[Any], number: int, speaker: str) -> str:
+    """The text of a content that is a list of parts, {"type": "text", "text": ...} each: one part a line."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(
+                f"message {number} ({speaker}) has a part of type {kind!r} among its content; only parts of type "
+                "'text' can be learned: take it out, or leave the conversation out"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"message {number} ({speaker}) has a text part without text; mend the row")
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 def read_conversations(source: Source, *, heldout_fraction: float = 0.0, skip_bad: bool = False) -> Reading:
     """Every distinct conversation of a source, checked.
 
     `heldout_fraction` of them, by a hash of their messages, is held out: at least one where there are two, none at 0.
-    Rows must all have the format of the first. A conversation that is there twice is kept once. The source's
-    `limit_documents` ends the reading.
+    Rows must all have one format: that of the first or, under `skip_bad`, of most good ones. A conversation that is
+    there twice is kept once. The source's `limit_documents` ends the reading.
 
     Raises:
         ValueError: with file and line (or row), for a row that is no conversation, unless `skip_bad` counts it; and
@@ -131,7 +152,8 @@ def read_conversations(source: Source, *, heldout_fraction: float = 0.0, skip_ba
             f"source {source.name!r}: exclude and limit_bytes are for text, not for conversations; drop them"
         )
     reading, seen = Reading(), dict[int, tuple[tuple[Message, ...], str]]()
-    for where, messages in _checked(islice(_rows(source), source.limit_documents), reading, skip_bad):
+    rows = islice(_rows(source), source.limit_documents)
+    for where, messages in _most(rows, reading) if skip_bad else _all(rows):
         digest = _digest(messages)
         if digest in seen:
             reading.duplicates += 1
@@ -183,28 +205,50 @@ def _parsed(data: bytes) -> Any:
         return ValueError(f"this is not valid JSON in UTF-8 ({error}); repair or remove it")
 
 
-def _checked(rows: Iterable[tuple[str, Any]], reading: Reading, skip_bad: bool) -> Iterator[tuple[str, list[Message]]]:
-    """(place, messages) of every good row; a bad one raises or is counted."""
-    kind = ""
+def _conversation(row: Any) -> tuple[str, list[Message]]:
+    """(format, messages) of a row. ValueError where it is no conversation."""
+    if isinstance(row, ValueError):
+        raise row
+    kind = format_of(row)
+    messages = messages_of(row, kind)
+    check_messages(messages, answered=True)
+    return kind, messages
+
+
+def _all(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, list[Message]]]:
+    """(place, messages) of every row. ValueError at the first that is bad, or of another format than the first."""
+    first = ""
     for where, row in rows:
         try:
-            if isinstance(row, ValueError):
-                raise row
-            found = format_of(row)
-            kind = kind or found
-            if found != kind:
+            kind, messages = _conversation(row)
+            first = first or kind
+            if kind != first:
                 raise ValueError(
-                    f"this row is {found}, the ones before it {kind}; give each format a source of its own"
+                    f"this row is {kind}, the ones before it {first}; give each format a source of its own"
                 )
-            messages = messages_of(row, kind)
-            check_messages(messages, answered=True)
         except ValueError as error:
-            problem = f"{where}: {error}"
-            if not skip_bad:
-                raise ValueError(f"{problem} (or leave bad rows out: sft.skip_bad)") from error
-            reading.skip(problem)
-            continue
+            raise ValueError(f"{where}: {error} ({SKIP_BAD})") from error
         yield where, messages
+
+
+def _most(rows: Iterable[tuple[str, Any]], reading: Reading) -> Iterator[tuple[str, list[Message]]]:
+    """(place, messages) of the good rows that have the format of most of them (of as many: the first); the others are
+    counted. One stray row in front must not make the rest bad, so nothing is handed on before all is read.
+    """
+    found: list[tuple[str, str, list[Message] | ValueError]] = []
+    for where, row in rows:
+        try:
+            found.append((where, *_conversation(row)))
+        except ValueError as error:
+            found.append((where, "", error))
+    most = next(iter(Counter(kind for _, kind, _ in found if kind).most_common(1)), ("", 0))[0]
+    for where, kind, messages in found:
+        if isinstance(messages, ValueError):
+            reading.skip(f"{where}: {messages}")
+        elif kind != most:
+            reading.skip(f"{where}: this row is {kind}, most are {most}; give each format a source of its own")
+        else:
+            yield where, messages
 
 
 def _digest(messages: list[Message]) -> int:

@@ -1,7 +1,9 @@
-"""The parent's own way to write: from left to right, its keys and values kept, several prompts together."""
+"""The parent's own way to write: from left to right, its keys and values kept where its family can, several prompts
+together."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 import torch
 
 from .. import hub
-from ..denoiser import Cache, HFDenoiser
+from ..denoiser import ALIBI, Cache, HFDenoiser
 from ..layout import Causal
-from ..rows import Held
+from ..rows import Held, Rows
 from ..runtime import uniforms
 from ..sampling import Draw
 from ..tokenizer import decode, encode, special_tokens
@@ -35,34 +37,62 @@ def continue_ids(
     """At most `caps` new tokens for each context (start token included), each by itself the same as beside the others.
 
     A sample is done, and leaves the batch, at its cap or when `finished` says so. Randomness is one seeded uniform per
-    (sample, token), so a text depends neither on its neighbours nor on its place.
+    (sample, token), so a text depends neither on its neighbours nor on its place. A family that cannot decode from a
+    cache (ALiBi) computes every text anew for each token: slower, and the same texts.
     """
     new: list[list[int]] = [[] for _ in contexts]
     active = [b for b in range(len(contexts)) if caps[b] > 0]
-    cache = denoiser.new_cache()
+    cache = None if denoiser.config.model_type in ALIBI else denoiser.new_cache()
     while active:
         texts = [[*contexts[b], *new[b]] for b in active]
-        width = max(map(len, texts))
-        # One column more than the longest text: the token that is wanted.
-        ids_BL = torch.full((len(texts), width + 1), pad)
-        length_B = torch.tensor([len(text) for text in texts])
-        for row, text in zip(ids_BL, texts, strict=True):
-            row[: len(text)] = torch.tensor(text)
-        at_L = torch.arange(width + 1)
-        rows = Causal().decoding_rows(ids_BL, at_L < length_B[:, None], at_L == length_B[:, None])
-        if cache.held is None:
-            rows = replace(rows, keep=width + 1)
+        if cache is None:
+            logits = _recomputed(denoiser, texts, pad, device)
         else:
-            rows = replace(rows.window(length_B - 1, 1), keep=1)
-        log_probs = denoiser(rows.to(device), cache=cache).log_softmax(-1)
+            rows = _wanting(texts, pad)
+            width = rows.ids.shape[1]
+            if cache.held is None:
+                rows = replace(rows, keep=width)
+            else:
+                rows = replace(rows.window(torch.tensor([len(text) - 1 for text in texts]), 1), keep=1)
+            logits = denoiser(rows.to(device), cache=cache)
+        log_probs = logits.log_softmax(-1)
         point = torch.tensor([uniforms(seeds[b], len(new[b]), purpose="token", n=1)[0] for b in active])
         for b, token in zip(active, draw(log_probs, point.to(log_probs.device)).tolist(), strict=True):
             new[b].append(token)
         left = [i for i, b in enumerate(active) if len(new[b]) < caps[b] and not finished(b, new[b])]
         if len(left) < len(active):
             active = [active[i] for i in left]
-            _keep(cache, left, device)
+            if cache is not None:
+                _keep(cache, left, device)
     return new
+
+
+def _wanting(texts: Sequence[Sequence[int]], pad: int) -> Rows:
+    """Rows of texts that want the token behind each: one column more than the longest has, which nothing sees."""
+    ids_BL = torch.full((len(texts), max(map(len, texts)) + 1), pad)
+    length_B1 = torch.tensor([[len(text)] for text in texts])
+    for row, text in zip(ids_BL, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    at_L = torch.arange(ids_BL.shape[1])
+    return Causal().decoding_rows(ids_BL, at_L < length_B1, at_L == length_B1)
+
+
+def _recomputed(
+    denoiser: HFDenoiser, texts: Sequence[Sequence[int]], pad: int, device: torch.device | str
+) -> torch.Tensor:
+    """(B, V) logits of the token behind each text without a cache: texts of one length together, so that no row is
+    padding, of which ALiBi knows nothing."""
+    same: dict[int, list[int]] = defaultdict(list)
+    for i, text in enumerate(texts):
+        same[len(text)].append(i)
+    found: list[torch.Tensor] = [torch.empty(0)] * len(texts)
+    for members in same.values():
+        rows = _wanting([texts[i] for i in members], pad)
+        # The last column only stands for the wanted token: causal attention hides it from all others.
+        rows = replace(rows, valid=torch.ones_like(rows.valid), plain=True)
+        for i, row in zip(members, denoiser(rows.to(device)), strict=True):
+            found[i] = row
+    return torch.stack(found)
 
 
 def _keep(cache: Cache, samples: Sequence[int], device: torch.device | str) -> None:

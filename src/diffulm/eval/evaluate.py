@@ -135,10 +135,7 @@ def evaluate(
             for name in mine.written
         ],
         "texts": [text_report(name, texts[name], mine, theirs) for name in mine.texts],
-        "machine": runtime.describe_machine(),
-        "versions": versions(),
-        "command": command,
-        "seconds": round(time.perf_counter() - began, 1),
+        **provenance(command, began),
     }  # fmt: skip
     if out is not None:
         keep_documents(out, mine, theirs)
@@ -268,6 +265,14 @@ def keep_documents(out: Path, mine: Measured, theirs: Measured | None) -> None:
                 line[name] = side[task, way, document]
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     runtime.write_atomic(out / "documents.jsonl", "".join(lines))
+
+
+def provenance(command: str, began: float) -> dict[str, Any]:
+    """How a report came about: machine, versions, command, and seconds since `began` (`time.perf_counter`)."""
+    return {
+        "machine": runtime.describe_machine(), "versions": versions(), "command": command,
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -4,42 +4,87 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\$\s?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+(?!\d|\.\d))?")
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)])-)?(?:\$\s?)?"
+    r"(?:(?P<whole>\d+)(?: and)? (?=\d+/\d+(?![\d/]|\.\d)))?"  # the 3 of "3 1/2"
+    r"(?P<top>\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(?P<bottom>\d+)(?!\d|\.\d))?"
+)
+#: What may stand between the first number of an equation and its result, and what makes it an equation.
+_SUM, _SIGN = re.compile(r"(?:[-+*/x×÷][ (]*|[\d $)%=]|[.,](?=\d))*"), re.compile(r"[-+*/x×÷]")
+
 _MARKED = re.compile(r"####\s*([^\n]*)")
+_BOXED = re.compile(r"boxed\s*\{((?:[^{}\n]|\{[^{}\n]*\})*)")
 _SAID = re.compile(r"answer is:?(.*?)(?=answer is|\n|\Z)", re.IGNORECASE)
+#: A line "Answer: 42 ..." of one statement. The whole solution may stand there too, whose first number is not its
+#: answer: it has an equation or several sentences.
+_LINE = re.compile(r"\banswer[* ]*:[* ]*([-$\d](?:[^\n=.]|\.(?=\d))*)\.?[* ]*$", re.IGNORECASE | re.MULTILINE)
+
+_MINUS = dict.fromkeys(map(ord, "\u2212\u2013\u2011\ufe63\uff0d"), "-")  # the minus sign, and what is taken for it
+_FRACTION = re.compile(
+    r"((?<=\d)\s*)?(?:\\[dt]?frac\{(?P<top>\d+)\}\{(?P<bottom>\d+)\}|(?P<one>[\u00bc-\u00be\u2150-\u215e]))"
+)
+
+
+def _plain(text: str) -> str:
+    r"""A text with minus signs, fractions and LaTeX's digits in ASCII: "\frac{3}{4}" is "3/4", "1{,}200" is "1,200"."""
+
+    def spelt_out(found: re.Match[str]) -> str:
+        value = f"{found['top']}/{found['bottom']}"
+        if found["one"]:
+            value = unicodedata.normalize("NFKC", found["one"]).replace("\u2044", "/")
+        return value if found[1] is None else f" {value}"  # behind a digit: "3½" is "3 1/2"
+
+    return _FRACTION.sub(spelt_out, text.translate(_MINUS).replace("{,}", ",").replace("\\$", "$"))
+
+
+def _value(found: re.Match[str]) -> Fraction:
+    """The value of a match of `_NUMBER`. Of "5 7/2", which is no mixed number, that is the 5."""
+    top, bottom = Fraction(found["top"].replace(",", "")), int(found["bottom"] or 1)
+    value = top / bottom if bottom else top
+    if found["whole"]:
+        value = int(found["whole"]) + (value if top < bottom else Fraction(0))
+    return -value if found["sign"] else value
 
 
 def number(text: str) -> Fraction | None:
-    """The first number of a text: "1,200" and "$1200.00" are 1200, "-3/4" is -3/4, "5-3" begins with 5; None: none."""
+    """The first number of a text: "1,200" and "$1200.00" are 1200, "3 1/2" is 7/2, "5-3" begins with 5; None: none."""
+    found = _NUMBER.search(_plain(text))
+    return None if found is None else _value(found)
+
+
+def stated(text: str) -> Fraction | None:
+    """The first number of a statement, or where an equation begins with it ("3 * 59 = 177") its result; None: none."""
+    text = _plain(text)
     found = _NUMBER.search(text)
     if found is None:
         return None
-    digits = re.sub(r"[\s$,]", "", found.group())
-    top, _, bottom = digits.partition("/")
-    if bottom and int(bottom) == 0:
-        return Fraction(top)
-    return Fraction(top) / Fraction(bottom or 1)
+    run = _SUM.match(text, found.end())
+    left, equals, _ = run.group().rpartition("=") if run else ("", "", "")
+    if equals and _SIGN.search(left):
+        found = _NUMBER.match(text[found.end() + len(left) + 1 :].lstrip()) or found
+    return _value(found)
 
 
 def gsm8k_answer(text: str) -> str | None:
-    """The final number of a solution, as its shortest decimal or fraction; None where there is no number.
+    r"""The final number of a solution, as its shortest decimal or fraction; None where there is no number.
 
-    In this order: the number behind the first "####" (the data's own mark, Cobbe et al., arXiv 2110.14168), the first
-    one behind "answer is" (chain-of-thought prompts, arXiv 2201.11903), the last number of the text.
+    In this order: what is stated behind the first "####" (the data's own mark, Cobbe et al., arXiv 2110.14168), in the
+    last \boxed{...} (MATH's mark, arXiv 2103.03874), behind the first "answer is" (chain-of-thought prompts, arXiv
+    2201.11903), in the last line "Answer: ..." of one statement, the last number of the text.
     """
-    for mark in (_MARKED, _SAID):
-        found = mark.search(text)
-        if found is not None:
-            value = number(found.group(1))
-            if value is not None:
-                return spelt(value)
-    every = [m.group() for m in _NUMBER.finditer(text)]
-    value = number(every[-1]) if every else None
-    return None if value is None else spelt(value)
+    text = _plain(text)
+    for mark, which in ((_MARKED, 0), (_BOXED, -1), (_SAID, 0), (_LINE, -1)):
+        found = mark.findall(text)
+        value = stated(found[which]) if found else None
+        if value is not None:
+            return spelt(value)
+    every = list(_NUMBER.finditer(text))
+    return spelt(_value(every[-1])) if every else None
 
 
 def spelt(value: Fraction | float | int) -> str:

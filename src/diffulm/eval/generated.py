@@ -52,11 +52,9 @@ def build(name: str, folder: Path | None, fewshot: int | None, *, execute: bool)
     if task.packaged:
         return Built(task, shots, one=packaged.build(task, folder, shots))
     assert folder is not None
-    records = read_records(task, folder)
     if shots and task.prompt is None:
-        if fewshot is None or task.hole is None:
-            raise AssertionError(f"{name} has no exemplars")
-        shots = 0  # a hole has no exemplars
+        raise ValueError(f"{name} shows no exemplars; leave it out, or --fewshot {shots}")
+    records = read_records(task, folder)
     if task.prompt is not None:
         task.prompt(records[0], shots)  # more shots than exemplars are found before a model is opened
     return Built(task, shots, records)

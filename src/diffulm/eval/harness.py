@@ -69,7 +69,7 @@ def build(task: Task, folder: Path | None, fewshot: int) -> list[Any]:
     ValueError for a file that is missing or wrong, for more shots than there are exemplars, and without lm-eval.
     """
     pattern, load_yaml, ConfigurableTask = tools()
-    records = None if folder is None else read_records(task, folder)
+    records = None if folder is None else read_records(task, folder, hub=True)
     built = []
     with quiet():
         for path in sorted(pattern.glob(task.packaged)):

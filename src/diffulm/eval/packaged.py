@@ -70,7 +70,7 @@ def packaged_samples(config: Record) -> list[Record]:
 
 def _parts(config: Record, task: Generation, folder: Path, shots: int) -> tuple[list[Record], list[Record]]:
     """The local records that are scored, and the exemplars."""
-    scored, shown = read_records(task, folder), list[Record]()
+    scored, shown = read_records(task, folder, hub=task.hub), list[Record]()
     if task.role is not None:
         parts = {kind: [r for r in scored if task.role(r) == kind] for kind in ("scored", "shown")}
         scored, shown = parts["scored"], parts["shown"]
@@ -79,7 +79,7 @@ def _parts(config: Record, task: Generation, folder: Path, shots: int) -> tuple[
     elif task.shown == "packaged":
         shown = packaged_samples(config)
     elif task.shown and shots:
-        shown = read_records(replace(task, file=task.shown), folder)[:shots]
+        shown = read_records(replace(task, file=task.shown), folder, hub=task.hub)[:shots]
     elif shots:
         shown, scored = set_aside(scored, task.name)
     return scored, shown

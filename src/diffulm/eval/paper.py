@@ -15,14 +15,16 @@ from ..hub import Model
 from ..layout import Full
 from ..tokenizer import decode
 from .compare import published
+from .evaluate import provenance
 from .execute import check_allowed, passed
 from .generation_tasks.code import checked
 from .measures import ROUGE, rouge
 from .page import Block, Prose, Table
 from .paper_tasks import CHOICES, CODE, FILES, LONG, ORDER, Joiner, Question
-from .protocol import PaperProtocol, Text, losses, raw, sampler_b
+from .protocol import PaperProtocol, Text, losses, raw, sampler_b, temperature_of
 from .rate import Progress, silent
 from .schemas import Record
+from .scoreboard import run_blocks
 from .store import Store, content_key, fingerprint
 from .tasks import read_records
 
@@ -56,10 +58,17 @@ class Runner:
         self.join = Joiner(self.model.tokenizer, self.protocol, int(self.model.config["trained_length"]))
         self.weights = fingerprint(self.model.denoiser)
 
+    @property
+    def temperature(self) -> float:
+        """Of sampler B outside LAMBADA, as the rules are now."""
+        given = self.protocol.temperature
+        return temperature_of(str(self.model.denoiser.config.model_type)) if given is None else given
+
     def each(self, groups: Sequence[Sequence[Text]], job: Callable[[list[Text]], list[Any]], how: str) -> list[Any]:
         """job's results for every group of texts, from the store where they are known."""
         # The rules as they are now: LAMBADA may have changed them (`leaked_steps`).
-        rules = [self.weights, str(self.model.denoiser.precision), asdict(self.protocol), how]
+        settled = replace(self.protocol, temperature=self.temperature)
+        rules = [self.weights, str(self.model.denoiser.precision), asdict(settled), how]
         keys = [content_key(*rules, [asdict(text) for text in group]) for group in groups]
         missing = [i for i, key in enumerate(keys) if self.store.get(key) is None]
         began = time.perf_counter()
@@ -105,17 +114,21 @@ def evaluate(
     limit: int | None = None,
     out: Path | None = None,
     execute: bool = False,
+    command: str = "",
     on_progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Tasks (of `ORDER`, in that order) from local files under the protocol; returns settings and a row for each task.
+    """Tasks (of `ORDER`, in that order) from local files under the protocol; returns settings, a row for each task, and
+    how they came about.
 
     out: a folder whose scores.jsonl keeps results, so that the same call goes on. execute: code that was written may be
     run. ValueError for an unknown task, a missing or wrong file, code that may not be run, and a text that does not fit
     the model.
     """
-    protocol = protocol or PaperProtocol()
+    protocol = PaperProtocol() if protocol is None else protocol
+    if not names:
+        raise ValueError(f"there is no task; give some of {', '.join(ORDER)}")
     unknown = next((name for name in names if name not in ORDER), None)
-    if unknown is not None or not names:
+    if unknown is not None:
         raise ValueError(f"the paper's protocol has no task {unknown!r}; it has {', '.join(ORDER)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
@@ -125,10 +138,12 @@ def evaluate(
     records = {name: read_records(FILES[name], folder)[:limit] for name in chosen}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     runner = Runner(model, protocol, Store(None if out is None else out / "scores.jsonl"), "", on_progress)
+    settings = {**asdict(protocol), "temperature": runner.temperature}
     rows = []
     for name in chosen:
-        runner.label, began = f"paper, {name}", time.perf_counter()
+        runner.label, at = f"paper, {name}", time.perf_counter()
         if name == "lambada":
             row, last = _lambada(runner, [r["text"] for r in records[name]])
             if protocol.leaked_steps:
@@ -144,13 +159,14 @@ def evaluate(
                 "task": name,
                 **row,
                 "published": _given(model.name, name, protocol),
-                "seconds": round(time.perf_counter() - began, 1),
+                "seconds": round(time.perf_counter() - at, 1),
             }
         )
     return {
         "model": {"name": model.name, **model.config},
-        "settings": {**asdict(protocol), "limit": limit, "dtype": str(model.denoiser.precision)},
+        "settings": {**settings, "limit": limit, "dtype": str(model.denoiser.precision)},
         "tasks": rows,
+        **provenance(command, began),
     }
 
 
@@ -197,7 +213,7 @@ def _lambada(runner: Runner, lines: Sequence[str]) -> tuple[dict[str, Any], int]
 def _roc(runner: Runner, stories: Sequence[Sequence[str]]) -> dict[str, Any]:
     texts = [runner.join.middle(sentences) for sentences in stories]
     p = runner.protocol
-    written = [decode(runner.model.tokenizer, ids) for ids in runner.written(texts, p.rates, p.temperature)]
+    written = [decode(runner.model.tokenizer, ids) for ids in runner.written(texts, p.rates, runner.temperature)]
     scored = rouge([sentences[2] for sentences in stories], written)
     figures = {}
     for name in ROUGE:
@@ -220,7 +236,7 @@ def _code(runner: Runner, records: Sequence[Record]) -> dict[str, Any]:
     if not kept:
         raise ValueError(f"every program of {CODE} has more than {LONG:,} tokens; set skip_long=False")
     # Decoded by itself, as the script does.
-    lines = [decode(runner.model.tokenizer, ids) for ids in runner.written(texts, p.rates, p.temperature)]
+    lines = [decode(runner.model.tokenizer, ids) for ids in runner.written(texts, p.rates, runner.temperature)]
     hits = [passed(checked(record, line), runner.store) for record, line in zip(kept, lines, strict=True)]
     return {
         "documents": len(hits), "figures": {"pass@1": _accuracy(hits)}, "steps": p.rates,
@@ -274,5 +290,5 @@ def blocks(report: Mapping[str, Any]) -> list[Block]:
             said.append(f"{left_out:,} programs of {CODE} have more than {LONG:,} tokens and enter no score.")
     return [
         Prose("The paper's protocol", "heading"), Table(HEADER, table_rows(report)), Prose(" ".join(said)),
-        Table(("Rule", "Value"), fields),
+        Table(("Rule", "Value"), fields), *run_blocks(report, {}),
     ]  # fmt: skip

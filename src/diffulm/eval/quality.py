@@ -2,8 +2,8 @@
 
 No figure stands alone. Text that repeats itself is likely under any judge, so a sampler that narrows its law lowers the
 perplexity and the entropy together: a known way for bad samplers to look good (arXiv 2409.02908 shows it for draws in
-float32). Where one setting has both lower than another, the report says so. The functions of token lists at the top
-are for benchmarks too.
+float32). Where one setting has both lower than another, the report says so. The AR parent's own texts, drawn alike,
+stand beside. The functions of token lists at the top are for benchmarks too.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ from typing import Any
 import numpy as np
 from rich.table import Table as Terminal
 
+from ..denoiser import HFDenoiser
 from ..hub import Model
 from ..sampling import Draw, EndOfText, policy_from_name
 from ..sampling.fill import completions, unmask
 from ..tokenizer import decode, encode, special_tokens
+from .autoregress import continue_ids
 from .estimate import Request
+from .evaluate import provenance
 from .likelihood import ratio_stderr
 from .page import Block, Prose, Table
 from .rate import Question, Rater, diffusion_scorer, parent_rater
+from .scoreboard import run_blocks
+from .store import Store, content_key
 
 # ------------------------------------------------------------------------------------------------ of one list of tokens
 
@@ -89,9 +94,10 @@ class Sampling:
         Draw(self.temperature, None, self.top_p)
 
 
-def judge_rater(reference: str, model: Model, *, offline: bool = False) -> Rater:
-    """The judge: an AR model by name, reading texts by its own tokenizer where that differs, behind its start token."""
-    child = Rater(diffusion_scorer(model, draws=1), model.tokenizer, "judge")
+def judge_rater(reference: str, model: Model, *, offline: bool = False, store: Store | None = None) -> Rater:
+    """An AR model by name that reads texts (the judge) or writes them (the parent), by its own tokenizer where that
+    differs, behind its start token. store: keeps its scores, and the texts of `measure`."""
+    child = Rater(diffusion_scorer(model, draws=1), model.tokenizer, "judge", Store() if store is None else store)
     return parent_rater(reference, child, offline=offline)
 
 
@@ -101,15 +107,21 @@ def measure(
     how: Sampling,
     *,
     judge_name: str = "judge",
+    parent: Rater | None = None,
+    parent_name: str = "parent",
     documents: Sequence[str] = (),
+    command: str = "",
     on_progress: Callable[[str, int, int, float], None] = lambda label, done, of, left: None,
 ) -> dict[str, Any]:
     """Texts from nothing, and from the beginnings of documents where some are given, at every step count.
 
     With documents a row "text" holds what they go on with themselves, cut to the same length: the figures of human
-    text under the same judge. Returns settings, rows and flags; ValueError where a text does not fit the model or no
-    document is long enough.
+    text under the same judge. With a parent (`judge_rater`) each kind has a row of its texts, from the same prompts, of
+    as many tokens at most, drawn at the same temperature and top-p. Texts and scores are kept in the judge's store: the
+    same call goes on with it. Returns settings, rows, flags and how they came about; ValueError where a text does not
+    fit the model or no document is long enough.
     """
+    entered, store = time.perf_counter(), judge.store
     special = special_tokens(model.tokenizer)
     starts: dict[str, list[list[int]]] = {"unconditional": [[]] * how.samples}
     rows, said = [], list[str]()
@@ -129,55 +141,131 @@ def measure(
         starts["conditional"] = [one[: how.prompt_tokens] for one in chosen]
         human = long[: how.samples]
         prompts, truth = [one[: how.prompt_tokens] for one in human], [one[how.prompt_tokens :] for one in human]
-        rows.append({"kind": "text", "steps": None, **_figures(model, judge, prompts, truth)})
-    jobs = [(kind, steps) for kind in starts for steps in how.step_counts]
+        given = {"kind": "text", "by": "documents", "steps": None}
+        rows.append({**given, **_figures(model.tokenizer, judge, prompts, truth)})
+    last: list[int | None] = [] if parent is None else [None]  # None: by the parent
+    jobs = [(kind, steps) for kind in starts for steps in (*how.step_counts, *last)]
     began = time.perf_counter()
     for done, (kind, steps) in enumerate(jobs):
         at = time.perf_counter()
-        texts, forwards = write(model, starts[kind], steps, how)
-        seconds = time.perf_counter() - at
-        cost = {"forwards": forwards / len(texts), "seconds": round(seconds, 2)}
-        rows.append({"kind": kind, "steps": steps, **_figures(model, judge, starts[kind], texts), **cost})
+        prompts, tokenizer = starts[kind], model.tokenizer
+        if steps is not None:
+            texts, forwards = write(model, prompts, steps, how, store)
+        else:
+            assert parent is not None
+            prompts, tokenizer = prompts_for(parent, model, prompts, how), parent.tokenizer
+            texts, forwards = write_by_parent(parent, prompts, how, store)
+        cost = {"forwards": forwards / len(texts), "seconds": round(time.perf_counter() - at, 2)}
+        row = {"kind": kind, "by": "parent" if steps is None else "model", "steps": steps}
+        rows.append({**row, **_figures(tokenizer, judge, prompts, texts), **cost})
         left = (time.perf_counter() - began) / (done + 1) * (len(jobs) - done - 1)
-        on_progress(f"{kind}, {steps} steps", done + 1, len(jobs), left)
+        label = "the parent" if steps is None else f"{steps} steps"
+        on_progress(f"{kind}, {label}", done + 1, len(jobs), left)
     settings = {
         "judge": judge_name, "samples": how.samples, "max_tokens": how.max_tokens, "policy": how.policy,
         "prompt_tokens": how.prompt_tokens, "temperature": how.temperature, "top_p": how.top_p, "seed": how.seed,
         "dtype": str(model.denoiser.precision),
     }  # fmt: skip
-    return {"settings": settings, "rows": rows, "flags": [*said, *flags(rows)]}
+    return {
+        "model": {"name": model.name, **model.config},
+        "parent": None if parent is None else {"name": parent_name},
+        "settings": settings,
+        "rows": rows,
+        "flags": [*said, *flags(rows)],
+        **provenance(command, entered),
+    }
 
 
-def write(model: Model, prompts: Sequence[Sequence[int]], steps: int, how: Sampling) -> tuple[list[list[int]], int]:
-    """(new tokens of each text up to its end, forwards summed over texts); a text depends on its place and the seed."""
+#: (prompts, a seed for each) -> the new tokens of each text up to its end, and its forwards.
+Job = Callable[[list[Sequence[int]], list[int]], list[tuple[list[int], int]]]
+
+
+def write(
+    model: Model, prompts: Sequence[Sequence[int]], steps: int, how: Sampling, store: Store | None = None
+) -> tuple[list[list[int]], int]:
+    """(new tokens of each text up to its end, forwards summed over texts); a text depends on its place and the seed,
+    and comes from the store where it is known."""
     special = special_tokens(model.tokenizer)
     ends = EndOfText((special.eos, special.bos))
-    texts: list[list[int]] = []
-    forwards = 0
-    for at in range(0, len(prompts), how.batch):
-        part = prompts[at : at + how.batch]
+
+    def job(part: list[Sequence[int]], seeds: list[int]) -> list[tuple[list[int], int]]:
         canvas = completions(part, how.max_tokens, special, model.layout, int(model.config["trained_length"]))
         canvas = canvas.to(model.device)
-        ids = canvas.ids
-        first = how.seed * 1_000_003 + at
+        ids, forwards = canvas.ids, [0] * len(part)
         for step in unmask(
             model, canvas, steps=steps, tokens=how.max_tokens, policy=how.policy, end=ends,
-            draw=Draw(how.temperature, None, how.top_p), seeds=range(first, first + len(part)),
+            draw=Draw(how.temperature, None, how.top_p), seeds=seeds,
         ):  # fmt: skip
             ids = step.ids
-            forwards += int(step.predicted.any(1).sum())
-        for given, row in zip(part, ids.tolist(), strict=True):
-            new = row[1 + len(given) : 1 + len(given) + how.max_tokens]
-            texts.append(new[: next((i for i, token in enumerate(new) if token in ends.tokens), len(new))])
-    return texts, forwards
+            forwards = [n + took for n, took in zip(forwards, step.predicted.any(1).tolist(), strict=True)]
+        rows = [row[1 + len(p) : 1 + len(p) + how.max_tokens] for row, p in zip(ids.tolist(), part, strict=True)]
+        return [(_ended(row, ends.tokens), n) for row, n in zip(rows, forwards, strict=True)]
+
+    key = Rater(diffusion_scorer(model, draws=1), model.tokenizer, "model").text_key
+    return _kept(store, [key, steps, how.policy, repr(model.process), ends.tokens], prompts, how, job)
+
+
+def prompts_for(parent: Rater, model: Model, prompts: Sequence[Sequence[int]], how: Sampling) -> list[list[int]]:
+    """The model's prompts in the parent's tokens: as they are, or the same text where its tokenizer is another, without
+    its front where that leaves no room for the text."""
+    if parent.tokenizer is model.tokenizer:
+        return [list(given) for given in prompts]
+    room = parent.scorer.length - 1 - how.max_tokens
+    ids = [parent.encode(decode(model.tokenizer, list(given))) if given else [] for given in prompts]
+    return [given[max(0, len(given) - room) :] for given in ids]
+
+
+def write_by_parent(
+    parent: Rater, prompts: Sequence[Sequence[int]], how: Sampling, store: Store | None = None
+) -> tuple[list[list[int]], int]:
+    """What `write` gives, by the AR parent from left to right: a forward for each token, its end-of-text included."""
+    scorer = parent.scorer
+    assert isinstance(scorer.denoiser, HFDenoiser)
+    denoiser, ends = scorer.denoiser, (scorer.special.eos, scorer.special.bos)
+
+    def job(part: list[Sequence[int]], seeds: list[int]) -> list[tuple[list[int], int]]:
+        written = continue_ids(
+            denoiser, [(scorer.special.bos, *given) for given in part], [how.max_tokens] * len(part), seeds=seeds,
+            draw=Draw(how.temperature, None, how.top_p), finished=lambda b, new: new[-1] in ends,
+            pad=scorer.special.pad, device=scorer.device,
+        )  # fmt: skip
+        return [(_ended(new, ends), len(new)) for new in written]
+
+    return _kept(store, [parent.text_key, ends], prompts, how, job)
+
+
+def _ended(new: list[int], ends: tuple[int, ...]) -> list[int]:
+    """New tokens up to the first that ends a text."""
+    return new[: next((i for i, token in enumerate(new) if token in ends), len(new))]
+
+
+def _kept(
+    store: Store | None, who: Sequence[Any], prompts: Sequence[Sequence[int]], how: Sampling, job: Job
+) -> tuple[list[list[int]], int]:
+    """(each text, forwards of all) from the store, and from the job where it lacks them, `batch` at a time.
+
+    who: what a text depends on beside its prompt, its place, the seed and the way it is drawn.
+    """
+    store = Store() if store is None else store
+    drawn = [how.max_tokens, how.temperature, how.top_p, how.seed]
+    keys = [content_key("free text", who, drawn, list(given), place) for place, given in enumerate(prompts)]
+    missing = [place for place, key in enumerate(keys) if store.get(key) is None]
+    for at in range(0, len(missing), how.batch):
+        part = missing[at : at + how.batch]
+        found = job([prompts[place] for place in part], [how.seed * 1_000_003 + place for place in part])
+        store.put({
+            keys[place]: {"ids": ids, "forwards": n} for place, (ids, n) in zip(part, found, strict=True)
+        })  # fmt: skip
+    values = [store.get(key) for key in keys]
+    return [value["ids"] for value in values], sum(value["forwards"] for value in values)
 
 
 def _figures(
-    model: Model, judge: Rater, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+    tokenizer: Any, judge: Rater, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
     """Figures of texts that follow prompts: value and standard error over texts; None where there is none."""
     kept = [(list(given), list(text)) for given, text in zip(prompts, texts, strict=True) if text]
-    asked = [_question(model, judge, given, text) for given, text in kept]
+    asked = [_question(tokenizer, judge, given, text) for given, text in kept]
     scores = [rated[0] for rated, _ in judge.rate([q for q in asked if q is not None])]
     nats, tokens = np.array([s.nats for s in scores]), np.array([float(s.tokens) for s in scores])
     per_token = float(nats.sum() / tokens.sum()) if len(scores) else math.nan
@@ -199,10 +287,10 @@ def _figures(
     }
 
 
-def _question(model: Model, judge: Rater, given: list[int], text: list[int]) -> Question | None:
+def _question(tokenizer: Any, judge: Rater, given: list[int], text: list[int]) -> Question | None:
     """The text as the judge reads it behind its prompt, at most one window long; None where nothing is left to read."""
-    before = decode(model.tokenizer, given) if given else ""
-    whole = judge.encode(decode(model.tokenizer, given + text))
+    before = decode(tokenizer, given) if given else ""
+    whole = judge.encode(decode(tokenizer, given + text))
     prompt = judge.encode(before)
     # Tokens may straddle the edge; what differs belongs to the text.
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
@@ -255,7 +343,9 @@ def flags(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return "the documents' own text" if row["kind"] == "text" else f"{row['kind']} text in {row['steps']} steps"
+    if row["by"] == "documents":
+        return "the documents' own text"
+    return f"{row['kind']} text " + ("of the parent" if row["by"] == "parent" else f"in {row['steps']} steps")
 
 
 # ------------------------------------------------------------------------------------------------------------ as tables
@@ -278,8 +368,9 @@ def table_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     names = (("entropy", 2), ("distinct_1", 2), ("distinct_2", 2), ("distinct_3", 2), ("repeated_4", 3))
     return [
         (
-            row["kind"], "-" if row["steps"] is None else f"{row['steps']}",
-            "-" if row["steps"] is None else f"{row['forwards']:.1f}",
+            f"{row['kind']}, parent" if row["by"] == "parent" else row["kind"],
+            "-" if row["steps"] is None else f"{row['steps']}",
+            f"{row['forwards']:.1f}" if "forwards" in row else "-",
             "-" if row["perplexity"] is None else f"{row['perplexity']:.4g}",
             *(cell(row[name], digits) for name, digits in names),
             cell(row["longest_repeat"], 1), cell(row["tokens"], 1),
@@ -305,5 +396,11 @@ def blocks(report: Mapping[str, Any]) -> list[Block]:
         "reads each text behind its prompt; entropy, distinct-n and repeats: of the model's own tokens, means over "
         "texts ± one standard error. They change with length: compare texts of one length."
     )
+    if report["parent"]:
+        said += (
+            f" The parent, {report['parent']['name']}, writes as many texts from left to right behind the same "
+            "prompts, of as many tokens at most, at the same temperature and top-p; figures of tokens are of its own "
+            "vocabulary."
+        )
     found: list[Block] = [Prose("Quality of free text", "heading"), Table(HEADER, table_rows(report)), Prose(said)]
-    return [*found, *(Prose(f"Warning: {flag}.") for flag in report["flags"])]
+    return [*found, *(Prose(f"Warning: {flag}.") for flag in report["flags"]), *run_blocks(report, {})]

@@ -187,10 +187,14 @@ def blocks(report: Mapping[str, Any]) -> list[Block]:
         found += written_blocks(report)
     if report["texts"]:
         found += [Prose("Texts", "heading"), Table(TEXT_HEADER, text_rows(report)), Prose(_windows(report))]
-    facts = [("Machine", report["machine"]), ("Precision", settings["dtype"]), *report["versions"].items()]
-    if "guidance" in settings:
-        facts.insert(0, ("Guidance of the model's likelihoods of options", settings["guidance"]))
-    found += [Prose("Run", "heading"), Table(("", ""), [(str(a), str(b)) for a, b in facts])]
+    more = {"Guidance of the model's likelihoods of options": settings["guidance"]} if "guidance" in settings else {}
+    return found + run_blocks(report, more)
+
+
+def run_blocks(report: Mapping[str, Any], more: Mapping[str, Any]) -> list[Block]:
+    """How a report came about (`evaluate.provenance`), behind `more` facts."""
+    facts = {**more, "Machine": report["machine"], "Precision": report["settings"]["dtype"], **report["versions"]}
+    found: list[Block] = [Prose("Run", "heading"), Table(("", ""), [(str(a), str(b)) for a, b in facts.items()])]
     return [*found, Prose(report["command"], "code")] if report["command"] else found
 
 

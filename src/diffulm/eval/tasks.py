@@ -125,13 +125,16 @@ def find_tasks(names: Sequence[str], written: Sequence[str] = ()) -> list[str]:
         else:
             known = [*TASKS, *written, *TEXTS]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, all, or a text file"
+            hint = f"did you mean {near[0]}?" if near else f"known: {_listed(written)}, or a text file"
             raise ValueError(f"unknown task {name!r}; {hint}")
     if not found:
-        raise ValueError(
-            f"there is no task; give --tasks with some of {', '.join([*TASKS, *TEXTS])}, all, or text files"
-        )
+        raise ValueError(f"there is no task; give --tasks with some of {_listed(written)}, or text files")
     return list(dict.fromkeys(found))
+
+
+def _listed(written: Sequence[str]) -> str:
+    """All that `--tasks` knows by name; quality is measured by itself (quality.py)."""
+    return ", ".join([*TASKS, *written, *TEXTS, "all", *(["generation"] if written else []), "quality"])
 
 
 def find_texts(names: Sequence[str]) -> list[str]:
@@ -160,12 +163,16 @@ class Local(Protocol):
     def adapt(self) -> Callable[[Record], Record]: ...
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file, gzip or not, line ends made one kind. ValueError that names the file."""
+def read_text(path: Path, *, hub: bool = False) -> str:
+    """A UTF-8 file, gzip or not, line ends made one kind. hub: the Hub has what it holds, too. ValueError that names
+    the file."""
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     there = next((p for p in (path, plain) if p.is_file()), None)
     if there is None:
-        raise ValueError(f"there is no file {path}; check --data-dir, or leave it out to take the task from the Hub")
+        raise ValueError(
+            f"there is no file {path}; check --data-dir"
+            + (", or leave it out to take the task from the Hub" if hub else "")
+        )
     try:
         data = there.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -175,12 +182,13 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{there} cannot be read ({reason}); fetch it again") from error
 
 
-def read_records(task: Local, folder: Path) -> list[Record]:
-    """The records of a task's local file, in the packaged schema. ValueError with file, line and what is wrong."""
+def read_records(task: Local, folder: Path, *, hub: bool = False) -> list[Record]:
+    """The records of a task's local file, in the packaged schema. hub: the task can be had without the file, which the
+    message of a missing one says. ValueError with file, line and what is wrong."""
     path = folder / task.file
     records = []
     # Not splitlines: texts hold U+2028 and U+0085.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, hub=hub).split("\n"), 1):
         if not line.strip():
             continue
         try:

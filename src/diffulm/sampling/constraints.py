@@ -1,11 +1,18 @@
-"""Tokens that must not be drawn."""
+"""Tokens that must not be drawn, anywhere or at some places."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Bans(Protocol):
+    """What the loop asks for what may be drawn."""
+
+    def __call__(self, log_probs_NV: Tensor, ids_BL: Tensor, wanted_BL: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,38 @@ class Banned:
                     if other != place:
                         completes = completes & _beside(ids_BL == expected, other - place)
                 out[completes[wanted_BL], token] = float("-inf")
-        if bool(out.amax(-1).isneginf().any()):
-            raise ValueError("the banned words leave no token to draw; ban fewer")
-        return out.log_softmax(-1)
+        return _normalised(out)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Places, bool (B, L), at which only some tokens (int64 ids) may be drawn; and the bans that hold everywhere.
+
+    So begins a hole behind a space that is left to it: with a token that brings the space.
+    """
+
+    places_BL: Tensor
+    tokens: Tensor
+    banned: Banned | None = None
+
+    def __call__(self, log_probs_NV: Tensor, ids_BL: Tensor, wanted_BL: Tensor) -> Tensor:
+        """As `Banned`, whose error it shares."""
+        out = log_probs_NV if self.banned is None else self.banned(log_probs_NV, ids_BL, wanted_BL)
+        here_N = self.places_BL[wanted_BL]
+        if not bool(here_N.any()):
+            return out
+        kept = torch.full_like(out[here_N], float("-inf"))
+        kept[:, self.tokens] = out[here_N][:, self.tokens]
+        out = out.clone()
+        out[here_N] = _normalised(kept)
+        return out
+
+
+def _normalised(log_probs_NV: Tensor) -> Tensor:
+    """Log-probabilities that sum to 1 again; ValueError where nothing is left."""
+    if bool(log_probs_NV.amax(-1).isneginf().any()):
+        raise ValueError("the banned words leave no token to draw; ban fewer")
+    return log_probs_NV.log_softmax(-1)
 
 
 def _beside(is_BL: Tensor, distance: int) -> Tensor:

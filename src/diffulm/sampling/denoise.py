@@ -19,11 +19,14 @@ from ..layout import Denoiser, Layout
 from ..process import MaskedDiffusion
 from .caches import Caching, Uncached
 from .canvas import Canvas
-from .constraints import Banned
+from .constraints import Bans
 from .draw import Draw
 from .end import EndOfText
 from .policies import Policy
 from .step import Step, Uniforms, committed
+
+#: Steps of a time grid at most. Beyond them nothing changes but the waiting: few steps have a token to reveal.
+FINEST = 100_000
 
 
 @torch.no_grad()
@@ -40,7 +43,7 @@ def denoise(
     seeds: Sequence[int] | None = None,
     end: EndOfText | None = None,
     block: int | None = None,
-    banned: Banned | None = None,
+    banned: Bans | None = None,
 ) -> Iterator[Step]:
     """Fill the holes of a canvas in at most `steps` forwards a block; yields after every step that changed something.
 
@@ -62,16 +65,21 @@ def denoise(
             samples, so with one a sample stays in the batch until its block's last forward.
         end: early stop, for completions. It acts only under a policy that says it never masks again (`remasks`).
         block: tokens filled together, positions counted from 0; default the layout's own size, else all of them.
-        banned: token sequences that must not appear (constraints.py); the policy ranks by what they leave.
+        banned: tokens and sequences that must not appear (constraints.py); the policy ranks by what they leave.
 
     Raises:
-        ValueError: steps < 1, not one seed per sample, a block size that the layout was not trained for, a cache of
-            another layout, or bans that leave no token.
+        ValueError: steps < 1 or > 100,000, not one seed per sample, a block size that the layout was not trained for,
+            a cache of another layout, or bans that leave no token.
     """
     B, L = canvas.ids.shape
     seeds = list(range(B)) if seeds is None else list(seeds)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if steps > FINEST:
+        raise ValueError(
+            f"steps must be at most {FINEST} (of a block, where there are blocks), not {steps}; as many steps as "
+            "tokens are one token a step, and the policy first-hitting is the limit of ever more ancestral ones"
+        )
     if len(seeds) != B:
         raise ValueError(f"there are {len(seeds)} seeds for {B} samples; give one each")
     trained = getattr(layout, "size", None)

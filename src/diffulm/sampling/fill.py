@@ -17,7 +17,7 @@ from ..process import MaskedDiffusion
 from ..tokenizer import SpecialTokens
 from .caches import BlockCache, Caching, DualCache, PrefixCache
 from .canvas import Canvas
-from .constraints import Banned
+from .constraints import Bans
 from .denoise import denoise, regions
 from .draw import Draw
 from .end import EndOfText
@@ -59,7 +59,7 @@ def unmask(
     end: EndOfText | None = None,
     block: int | None = None,
     cache: str | None = "none",
-    banned: Banned | None = None,
+    banned: Bans | None = None,
     guidance: float | None = None,
 ) -> Iterator[Step]:
     """The steps in which a model fills a canvas: the one loop under the checkpoint's own process, layout and cache.
@@ -110,7 +110,9 @@ def completions(
     """The canvas of completions; in a block layout each sample ends with a whole block, where `limit` allows.
 
     A block cut short by the canvas is one that training shows only at the end of a text, so it would invite that end.
+    ValueError, before anything is built, when prompt and completion have more than `limit` tokens.
     """
+    check_length(1 + max(map(len, prompts), default=0) + max_tokens, limit)
     canvas = Canvas.from_prompt(prompts, max_tokens, special)  # checks its arguments
     if not isinstance(layout, Block):
         return canvas
@@ -154,13 +156,17 @@ def caching_from_name(name: str, denoiser: Denoiser, layout: Layout) -> Caching 
 
 def checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
     """The canvas; ValueError when it is longer than the model was trained on."""
-    length, limit = canvas.ids.shape[1], int(diffusion["trained_length"])
+    check_length(canvas.ids.shape[1], int(diffusion["trained_length"]))
+    return canvas
+
+
+def check_length(length: int, limit: int) -> None:
+    """ValueError when a canvas of `length` tokens, start token included, is longer than the trained length `limit`."""
     if length > limit:
         raise ValueError(
             f"the canvas has {length} tokens with its start token, the model was trained on {limit}; "
             "shorten the text or the holes"
         )
-    return canvas
 
 
 def given_ids(model: Model, ids: list[int]) -> list[int]:

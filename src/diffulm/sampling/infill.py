@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal
 
 import torch
@@ -13,16 +14,17 @@ from torch import Tensor
 from ..layout import Block
 from ..tokenizer import SpecialTokens, decode, encode, encode_after, special_tokens
 from . import words
+from .caches import BLOCK
 from .canvas import Canvas
-from .constraints import Banned
+from .constraints import Banned, Opening
 from .draw import Draw
-from .fill import Model, Watch, checked, filled, given_ids, seeds_of, unmask
+from .fill import Model, Watch, check_length, filled, given_ids, seeds_of, unmask
 from .guidance import forwards_of_a_step
 from .policies import Policy, TopConfidence
-from .search import TOGETHER, Spellings, length_scores, place, shortest
+from .search import TOGETHER, Spellings, fits, length_scores, need, place
 from .step import Step
 
-_HOLE = re.compile(r"<hole(?::(\d+|auto))?>")
+_HOLE = re.compile(r"<hole(?::([^<>\n]*))?>")
 #: Fills tried before a banned word is given up on.
 TRIES = 8
 
@@ -56,14 +58,18 @@ def infill(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    block: int | None = None,
+    cache: Literal["none", "prefix", "dual"] = "none",
     guidance: float | None = None,
     watch: Watch | None = None,
 ) -> Infilling:
     """Fill one hole between prefix and suffix, or every `<hole>` / `<hole:N>` of a text given as `prefix` alone.
 
     Returns the whole text (a str) with `.fills`. A hole takes exactly `length` (or N) tokens. What was given is never
-    altered: the result is prefix + fill + suffix, character for character. A space at the end of what stands before
-    a hole is generated with the hole's first word, because tokenizers join it to the word.
+    altered: the result is prefix + fill + suffix, character for character, and that is what the tokens decode to. A
+    space at the end of what stands before a hole is generated with the hole's first word, because tokenizers join it to
+    the word: such a hole begins with a token that begins with a space. Where no token may, or nothing else stands
+    before the hole, the space is a token of the given text.
 
     length "auto" (or `<hole:auto>`): the length in 1..max_length whose greedy fill is likeliest per token, given both
     sides (search.py). Several such holes are searched one by one, from the left, the others masked. It costs the
@@ -75,37 +81,46 @@ def infill(
     one whose tokens are revealed together, is found in the finished text and banned before it is filled again, one
     token a step.
 
+    block, cache: fill so many tokens together, block after block; "prefix" or "dual" (caches.py) then compute fewer
+    rows, approximately, for full attention, in blocks of 32 unless `block` says otherwise. Searches go without.
+
     guidance: the scale of classifier-free guidance by the given text, placed words included (guidance.py); 1 is none.
     Lengths and places are searched without it, by likelihood.
 
     Raises:
-        ValueError: no hole, a hole of no tokens, a text longer than the model was trained on, or constraints that
-            contradict each other, do not fit or cannot be kept.
+        ValueError: no hole, a hole of no tokens or one that names no number of them, a text longer than the model was
+            trained on, or constraints that contradict each other, do not fit or cannot be kept.
     """
     words.check_words(must, must_not)
-    text = Holed.read(model, prefix, suffix, length)
+    bans = words.banned(model.tokenizer, must_not)
+    text = Holed.read(model, prefix, suffix, length, bans)
     if isinstance(model.layout, Block) and (any(p.strip() for p in text.pieces[1:]) or must or None in text.lengths):
         raise ValueError(
             "a checkpoint of the block layout does not see what stands after a hole; use generate, or a model with "
             "full attention (recipe smollm2-cpu)"
         )
-    bans = words.banned(model.tokenizer, must_not)
     spellings = [words.spellings(model.tokenizer, word, must_not) for word in must]
     for spelling in (one for several in spellings for one in several):
         given_ids(model, list(spelling))
     lengths, used = _lengths(model, text, max_length, spellings, bans)
+    check_length(text.given + sum(lengths), int(model.config["trained_length"]))
     canvas, hole_BL = text.canvas(model, [lengths])
-    checked(canvas, model.config)
-    canvas, _, placing = place(model, canvas, spellings, hole_BL)
+    canvas, _, placing = place(model, canvas, spellings, hole_BL, text.opening(hole_BL, bans))
+    if block is None and cache != "none":
+        block = BLOCK
     used += placing
-    steps = int(canvas.editable.sum()) or 1 if steps is None else steps
+    tokens = int(canvas.editable.sum()) or 1
+    steps = tokens if steps is None else steps
     draw = Draw(temperature, top_k, top_p)
 
     def fill(bans: Banned | None, again: bool) -> list[int]:
         """Tokens behind the start token; after a first try one token a step, so that every ban holds."""
         nonlocal used
-        how = (int(canvas.editable.sum()), TopConfidence()) if again else (steps, policy)
-        ids, forwards = _filled(model, canvas, *how, draw, seed, watch, bans, guidance)
+        made = unmask(
+            model, canvas, steps=tokens if again else steps, policy=TopConfidence() if again else policy, draw=draw,
+            seeds=seeds_of(seed, 1), block=block, cache=cache, banned=text.opening(hole_BL, bans), guidance=guidance,
+        )  # fmt: skip
+        ids, forwards = _counted(canvas, made, watch, forwards_of_a_step(guidance))
         used += forwards
         return ids[0, 1:].tolist()
 
@@ -139,21 +154,31 @@ def _without(
 class Holed:
     """A text with holes: the pieces around them, the tokens of each piece, and the holes' lengths, None: not known.
 
-    A space that ends the piece before a hole is none of its tokens.
+    A space that ends the piece before a hole is none of its tokens where the hole is `spaced`: then the hole begins
+    with one of the tokens `opens`, all of which bring the space.
     """
 
     pieces: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     lengths: tuple[int | None, ...]
+    spaced: tuple[bool, ...]
+    opens: tuple[int, ...]
 
     @classmethod
-    def read(cls, model: Model, prefix: str, suffix: str | None, length: int | str) -> Holed:
+    def read(
+        cls, model: Model, prefix: str, suffix: str | None, length: int | str, bans: Banned | None = None
+    ) -> Holed:
         """One hole between prefix and suffix, or those marked in `prefix`. ValueError as `infill` says."""
         pieces, lengths = [prefix, suffix or ""], [str(length)]
         if suffix is None:
             marks = list(_HOLE.finditer(prefix))
             if not marks:
                 raise ValueError("the text has no hole; write <hole> or <hole:N> where N tokens are to be filled in")
+            for mark in marks:
+                if mark.group(1) not in (None, "auto") and not mark.group(1).isdecimal():
+                    raise ValueError(
+                        f"{mark.group()} names no length: write <hole>, <hole:N> for N tokens or <hole:auto>"
+                    )
             lengths = [m.group(1) or str(length) for m in marks]
             edges = [0, *[e for m in marks for e in m.span()], len(prefix)]
             pieces = [prefix[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2)]
@@ -162,12 +187,24 @@ class Holed:
         counts = [None if n == "auto" else int(n) for n in lengths]
         if any(n is not None and n < 1 for n in counts):
             raise ValueError("a hole needs at least one token; write <hole:N> with N >= 1")
+        # At the very beginning there is no context behind which every tokenizer keeps the space of a token.
+        spaced = [piece.endswith(" ") and (k > 0 or piece != " ") for k, piece in enumerate(pieces[:-1])]
+        opens = words.opening(model.tokenizer, bans) if any(spaced) else ()
+        spaced = [here and bool(opens) for here in spaced]
         tokens = []
         for k, piece in enumerate(pieces):
-            kept = piece.removesuffix(" ") if k < len(lengths) else piece
+            kept = piece.removesuffix(" ") if k < len(spaced) and spaced[k] else piece
             ids = encode(model.tokenizer, kept) if k == 0 else encode_after(model.tokenizer, kept)
             tokens.append(tuple(given_ids(model, ids)))
-        return cls(tuple(pieces), tuple(tokens), tuple(counts))
+        return cls(tuple(pieces), tuple(tokens), tuple(counts), tuple(spaced), opens)
+
+    def opening(self, hole_BL: Tensor, bans: Banned | None) -> Opening:
+        """What may be drawn where, on canvases whose holes are `hole_BL`."""
+        before_BL = torch.cat([torch.full_like(hole_BL[:, :1], -1), hole_BL[:, :-1]], 1)
+        begins_BL = (hole_BL >= 0) & (hole_BL != before_BL)
+        spaced = torch.tensor(self.spaced, device=hole_BL.device)
+        opens = torch.tensor(self.opens, dtype=torch.long, device=hole_BL.device)
+        return Opening(begins_BL & spaced[hole_BL.clamp(min=0)], opens, bans)
 
     @property
     def given(self) -> int:
@@ -196,7 +233,7 @@ class Holed:
         for b, lengths in enumerate(choices):
             for k, (at, length) in enumerate(zip(self.starts(lengths), lengths, strict=True)):
                 hole_BL[b, 1 + at : 1 + at + length] = k
-        return canvas.to(model.device), hole_BL
+        return canvas.to(model.device), hole_BL.to(model.device)
 
 
 def _lengths(
@@ -208,7 +245,11 @@ def _lengths(
     limit, forwards = int(model.config["trained_length"]), 0
     lengths = [(1 + most) // 2 if n is None else n for n in text.lengths]
     alone = len(lengths) == 1  # with several holes nobody knows yet which one a word goes to
-    least = max(1, sum(shortest(several) for several in spellings)) if alone else 1
+    least = 1
+    if alone:
+        opens = frozenset(text.opens)
+        needs = [need(several, opens) for several in spellings]
+        least = next(n for n in count(1) if fits([(n, text.spaced[0])], needs))
     for k in (k for k, n in enumerate(text.lengths) if n is None):
         room = limit - text.given - sum(n for other, n in enumerate(lengths) if other != k)
         choices = [[*lengths[:k], n, *lengths[k + 1 :]] for n in range(least, min(most, room) + 1)]
@@ -220,20 +261,18 @@ def _lengths(
         scores: list[float] = []
         for i in range(0, len(choices), TOGETHER):
             canvas, hole_BL = text.canvas(model, choices[i : i + TOGETHER])
-            canvas = replace(canvas, editable=hole_BL.to(model.device) == k)
-            nats_B, used = length_scores(model, canvas, spellings if alone else [], hole_BL, bans)
+            canvas = replace(canvas, editable=hole_BL == k)
+            opening = text.opening(hole_BL, bans)
+            nats_B, used = length_scores(model, canvas, spellings if alone else [], hole_BL, opening)
             scores += nats_B.tolist()
             forwards += used
         lengths = choices[max(range(len(choices)), key=scores.__getitem__)]
     return lengths, forwards
 
 
-def _filled(
-    model: Model, canvas: Canvas, steps: int, policy: str | Policy, draw: Draw, seed: int, watch: Watch | None,
-    bans: Banned | None, guidance: float | None,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """(tokens (1, L), forwards) of a fill as the user asked for it."""
-    forwards, each = 0, forwards_of_a_step(guidance)
+def _counted(canvas: Canvas, steps: Iterator[Step], watch: Watch | None, each: int) -> tuple[Tensor, int]:
+    """(tokens (1, L), forwards) of a fill whose steps take `each` forwards."""
+    forwards = 0
 
     def counting(canvas: Canvas, step: Step) -> None:
         nonlocal forwards
@@ -241,18 +280,17 @@ def _filled(
         if watch is not None:
             watch(canvas, step)
 
-    seeds = seeds_of(seed, len(canvas.ids))
-    made = unmask(model, canvas, steps=steps, policy=policy, draw=draw, seeds=seeds, banned=bans, guidance=guidance)
-    return filled(canvas, made, counting), forwards
+    return filled(canvas, steps, counting), forwards
 
 
 def _fills(model: Model, ids: list[int], text: Holed, lengths: Sequence[int]) -> list[str]:
     """Text of each hole, without the space that belongs to the piece before it."""
     fills = []
-    for piece, at, length in zip(text.pieces, text.starts(lengths), lengths, strict=False):
+    holes = zip(text.spaced, text.starts(lengths), lengths, strict=True)
+    for spaced, at, length in holes:
         # Decoded behind its context: a first piece by itself may lose its space.
         before = decode(model.tokenizer, ids[:at])
         fill = decode(model.tokenizer, ids[: at + length])
         fill = fill[len(before) :] if fill.startswith(before) else decode(model.tokenizer, ids[at : at + length])
-        fills.append(fill.removeprefix(" ") if piece.endswith(" ") else fill)
+        fills.append(fill.removeprefix(" ") if spaced else fill)
     return fills

@@ -2,12 +2,14 @@
 
 `step-00000120/` holds `model.safetensors`, `optimizer.safetensors` and, written last, `state.json` with the step, the
 budget, the recipe and the checksums of all files. A checkpoint whose checksum does not fit is passed over, aloud.
+Weights that are not trained (a LoRA's base) are left out: they are those of the folder that the run began from.
 Several processes write shards in the place of the two files (`shards`); each form can be read back by any number of
 processes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -35,11 +37,16 @@ _FILES = ("model.safetensors", "optimizer.safetensors")
 #: Whole tensors on rank 0, whatever the sharding. Not flatten_optimizer_state_dict: torch 2.13 writes such a dict but
 #: cannot read it back together with full_state_dict.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+_TRAINED = dataclasses.replace(_WHOLE, ignore_frozen_params=True)
 
 
 def full_model_state(module: nn.Module) -> dict[str, Tensor]:
     """The whole module's weights on rank 0, gathered from all ranks, each tensor once (tied ones are one)."""
-    state: dict[str, Any] = get_model_state_dict(module, options=_WHOLE)
+    return _each_once(module, _WHOLE)
+
+
+def _each_once(module: nn.Module, options: StateDictOptions) -> dict[str, Tensor]:
+    state: dict[str, Any] = get_model_state_dict(module, options=options)
     seen: set[int] = set()
     unique = {}
     tied = _tied_names(module)
@@ -88,7 +95,7 @@ def save(
 def _save_whole(
     path: Path, module: nn.Module, optimizers: Any, state: dict[str, Any], keep: int, background: Background | None
 ) -> None:
-    model_state = full_model_state(module)
+    model_state = _each_once(module, _TRAINED)
     moments: dict[str, Any] = get_optimizer_state_dict(module, optimizers, options=_WHOLE)
     tensors = {
         f"{name}.{what}": value.contiguous()
@@ -208,7 +215,11 @@ def restore(path: Path, state: dict[str, Any], module: nn.Module, optimizers: Se
     weights: dict[str, Any] = load_file(path / _FILES[0])
     # Compared here: with full_state_dict torch fills up what is missing with what the module has.
     here = {name: value.shape for name, value in module.state_dict().items()}
-    shards.check_model(path, {name: value.shape for name, value in weights.items()}, module, here)
+    stored = {name: value.shape for name, value in weights.items()}
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    if not frozen & stored.keys():  # else it is an older one, which holds them all
+        stored |= {name: here[name] for name in frozen}
+    shards.check_model(path, stored, module, here)
     set_model_state_dict(module, weights, options=_WHOLE)
     moments: dict[str, Any] = {}
     for key, value in load_file(path / _FILES[1]).items():

@@ -187,9 +187,10 @@ class SftConfig:
     split_digits: bool = False
     """Every digit a token of its own, in the tokenizer saved with the model (the paper's GSM8K, GPT-2)."""
     skip_bad: bool = False
-    """Leave out and count what is no conversation, instead of stopping at it."""
-    too_long: Literal["skip", "truncate"] = "skip"
-    """Answers that do not fit the window with their context: left out and counted, or cut at its end."""
+    """Leave out and count what is no conversation, or too long an answer, instead of stopping at it (--skip-bad)."""
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    """Answers that do not fit the window with their context: stop, leave them out and count them, or cut them at its
+    end (the held-out ones are left out)."""
     truncate_share: float = 0.0
     """Share of the answers cut at a random length, without an end."""
     eos_padding: Literal["one", "random", "window"] = "random"
@@ -201,7 +202,7 @@ class SftConfig:
     lora_alpha: float = 16.0
     """Its scale: updates are multiplied by alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get one; none: every linear module but the head."""
+    """Names of the modules that get one; none: every linear module but the head and routers."""
     answers: int = 0
     """Held-out questions answered before and after: exact match, and where answers end."""
 
@@ -358,10 +359,12 @@ def to_dict(recipe: Any) -> dict[str, Any]:
     return out
 
 
-#: Keys that say how a machine carries a run out, not what the run computes (rounding apart): a resume may change them.
+#: Keys that say how a machine carries a run out and how often it reports, not what it computes (rounding apart): a
+#: resume may change them.
 MACHINE = (
-    "train.micro_batch", "train.activation_checkpointing", "train.replicas", "train.max_skipped",
-    "train.checkpoint_minutes", "train.async_checkpoint", "train.keep", "train.tensorboard",
+    "data.workers", "train.micro_batch", "train.activation_checkpointing", "train.replicas", "train.max_skipped",
+    "train.checkpoint_minutes", "train.async_checkpoint", "train.keep", "train.heldout_evaluations",
+    "train.tensorboard",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ class Shape:
     layers: int
     width: int
     vocabulary: int
-    attended: int  # heads x their width, of one layer
+    attended: int  # heads x the mean width of their keys and values, of one layer
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
@@ -37,10 +37,11 @@ class Shape:
         head = model.get_output_embeddings().weight  # type: ignore[operator]
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
         stack = max(lists, key=len)
-        inside = list(stack.parameters())
+        # Biases of stacked experts have two dimensions and are no product.
+        inside = [p for name, p in stack.named_parameters() if p.ndim >= 2 and not name.endswith("bias")]
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
-            matrix=round(sum(_used(p, config) for p in inside if p.ndim >= 2 and id(p) not in tables)),
+            matrix=round(sum(_used(p, config) for p in inside if id(p) not in tables)),
             layer=max(sum(p.numel() for p in one.parameters()) for one in stack),
             head=head.numel(),
             layers=len(stack),
@@ -77,7 +78,10 @@ def _used(weight: nn.Parameter, config: Any) -> float:
 
 
 def _attended(config: Any) -> int:
+    """Of latent attention (DeepSeek's) `head_dim` is but the part of a key that turns with the position."""
     heads = int(config.num_attention_heads)
+    if (still := getattr(config, "qk_nope_head_dim", None)) is not None:
+        return heads * (still + config.qk_rope_head_dim + config.v_head_dim) // 2
     return heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .. import hub
+from .. import adapters, hub
 from ..runtime import Precision, parse_precision
-from .config import Recipe
+from .config import Recipe, SftConfig
 from .flops import Shape, Work, flops_per_token
 from .memory import MemoryModel
 from .parallel import check_world
@@ -40,6 +40,7 @@ GPUS = {
     "h100": Gpu(80e9, 989e12),
     "h200": Gpu(141e9, 989e12),
     "b200": Gpu(180e9, 2250e12),
+    "gh200": Gpu(96e9, 989e12),
     "l40s": Gpu(48e9, 362e12),
     "mi300x": Gpu(192e9, 1307e12),
     "rtx3090": Gpu(24e9, 71e12),
@@ -96,8 +97,32 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class LoraMemory(MemoryModel):
+    """Bytes of a step that trains a LoRA of `trained` parameters; all other weights are frozen.
+
+    Activations are counted as those of full training, which is up to a tenth too many: linear modules keep their
+    inputs for the LoRA's gradients in place of their own, norms need less.
+    """
+
+    trained: int = 0
+
+    def parts(self, sequences: int, *, checkpointing: bool) -> dict[str, int]:
+        own = self.trained * self.precision.weights.itemsize
+        parts = super().parts(sequences, checkpointing=checkpointing)
+        moments = 1 if self.optimizer == "muon" else 2
+        return {**parts, "parameters": parts["parameters"] + own, "gradients": own, "optimizer": moments * own}
+
+    def head(self, sequences: int) -> int:
+        # A frozen head's weight gets no gradient.
+        return super().head(sequences) - self.shape.head * max(4, self.precision.weights.itemsize)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Speeds per second over all GPUs, sizes in bytes. `tokens` None: a budget in minutes is not planned in tokens."""
+    """Speeds per second over all GPUs, sizes in bytes. `tokens` None: a budget in minutes is not planned in tokens.
+
+    `trained`: parameters that get gradients, all of them or a LoRA's. `step_seconds`: of one optimizer step.
+    """
 
     recipe: str
     parent: str
@@ -105,6 +130,7 @@ class Plan:
     count: int
     precision: str
     shape: Shape
+    trained: int
     memory: float
     usable: float
     choices: list[Choice]
@@ -113,6 +139,7 @@ class Plan:
     peak_flops: float
     mfu: float
     tokens_per_second: float
+    step_seconds: float
     tokens: int | None
     hours: float | None
     price: float | None
@@ -124,8 +151,13 @@ class Plan:
     def cost(self) -> float | None:
         return None if self.price is None or self.hours is None else self.price * self.hours * self.count
 
+    @property
+    def stopping(self) -> float:
+        """Seconds from SIGTERM to the end of the run: the step under way and a checkpoint."""
+        return self.step_seconds + self.checkpoint_bytes / WRITE_SPEED
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "cost": self.cost, "total_bytes": self.asked.total}
+        return {**asdict(self), "cost": self.cost, "stopping": self.stopping, "total_bytes": self.asked.total}
 
 
 def plan(recipe: Recipe, config: Any, *, gpu: str, count: int, mfu: float = 0.4, price: float | None = None) -> Plan:
@@ -138,10 +170,17 @@ def plan(recipe: Recipe, config: Any, *, gpu: str, count: int, mfu: float = 0.4,
         price: of one GPU for one hour.
 
     Raises:
-        ValueError: an unknown GPU, a count that does not divide the batch, an MFU outside (0, 1].
+        ValueError: an unknown GPU, a count that does not divide the batch, an MFU outside (0, 1], a LoRA on more than
+            one GPU or without peft.
     """
     if count < 1 or not 0 < mfu <= 1:
         raise ValueError(f"give at least one GPU and an MFU in (0, 1], not {count} and {mfu}")
+    lora = recipe.sft.lora_rank > 0
+    if lora and count > 1:
+        raise ValueError(
+            f"sft.lora_rank = {recipe.sft.lora_rank}: a LoRA is trained in one process; give --count 1, or set "
+            "sft.lora_rank = 0"
+        )
     check_world(recipe.train, count)
     precision = parse_precision("autocast" if recipe.train.dtype == "auto" else recipe.train.dtype)
     device = find_gpu(gpu, precision)
@@ -154,26 +193,32 @@ def plan(recipe: Recipe, config: Any, *, gpu: str, count: int, mfu: float = 0.4,
         )
     shape, work = Shape.of(model), Work.of(recipe)
     shards = max(1, count // recipe.train.replicas)
-    memory = MemoryModel(
-        config, shape, work, precision, recipe.train.optimizer, shards, _dense_mask(recipe, model, gpu)
-    )
+    of_step = (config, shape, work, precision, recipe.train.optimizer, shards, _dense_mask(recipe, model, gpu))
+    trained = lora_parameters(model, recipe.sft) if lora else shape.parameters
+    memory = LoraMemory(*of_step, trained) if lora else MemoryModel(*of_step)
     usable = device.memory * (1 - RESERVED)
     share = recipe.train.batch // count
     choices = [_choice(memory, usable, min(share, MOST), checkpointing) for checkpointing in (False, True)]
     own = recipe.train.activation_checkpointing
     micro = min(recipe.train.micro_batch, share)
     asked = Choice(own, micro, choices[own].largest, memory.parts(micro, checkpointing=own))
-    per_token = flops_per_token(shape, work)
+    per_token = flops_per_token(shape, work, frozen=lora)
     speed = count * device.flops * mfu / per_token
     train = recipe.train
     tokens = train.steps * train.batch * work.tokens if train.steps else train.tokens
     hours = tokens / speed / 3600 if tokens else (train.minutes / 60 if train.minutes else None)
-    size = 3 * shape.parameters * precision.weights.itemsize
+    size = 3 * trained * precision.weights.itemsize
     return Plan(
-        recipe.name, recipe.model.parent, gpu, count, str(precision), shape, device.memory, usable, choices, asked,
-        per_token, device.flops, mfu, speed, tokens, hours, price, size, checkpoint_interval(size, count),
-        _advice(asked, choices, usable, share),
+        recipe.name, recipe.model.parent, gpu, count, str(precision), shape, trained, device.memory, usable, choices,
+        asked, per_token, device.flops, mfu, speed, train.batch * work.tokens / speed, tokens, hours, price, size,
+        checkpoint_interval(size, count), _advice(asked, choices, usable, share),
     )  # fmt: skip
+
+
+def lora_parameters(model: Any, settings: SftConfig) -> int:
+    """How many parameters of a LoRA (and of the mask token's row) would be trained; `model` gets it, on meta too."""
+    adapters.add_lora(model, 0, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _choice(memory: MemoryModel, usable: float, limit: int, checkpointing: bool) -> Choice:
