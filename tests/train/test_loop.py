@@ -371,7 +371,7 @@ def test_throughput_is_operations_over_time(tmp_path: Path, monkeypatch: pytest.
     [
         ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
         ("NVIDIA A100-PCIE-40GB", "a100-40"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA L40S", "l40s"),
-        ("AMD Instinct MI300X", "mi300x"), ("NVIDIA H100 PCIe", None), ("NVIDIA GH200 480GB", None),
+        ("AMD Instinct MI300X", "mi300x"), ("NVIDIA H100 PCIe", None), ("NVIDIA GH200 480GB", "gh200"),
         ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("Tesla T4", None),
     ],
