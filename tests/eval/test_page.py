@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,17 @@ def test_three_files_of_one_report(tmp_path: Path) -> None:
     assert "<h1>A title</h1>" in html and "&lt;b&gt;" in html and text.startswith("# A title\n")
     (plot,) = (block for block in shown if isinstance(block, Plot))
     assert plot.svg.startswith("<svg") and plot.svg in html, "the plots come back drawn"
+
+
+@pytest.mark.parametrize(("low", "high"), [(12.0, 26.0), (0.5, 18.0), (3.0, 9000.0)])
+def test_a_logarithmic_axis_has_a_few_plain_numbers(low: float, high: float, tmp_path: Path) -> None:
+    plot = Plot("Speed", "tokens/s", "nats", [Curve("a", [(low, 2.0), (high, 1.0)])], log_x=True)
+    (drawn,) = keep({}, "t", [plot], tmp_path)
+    assert isinstance(drawn, Plot)
+    axis = drawn.svg[: drawn.svg.index("tokens/s")]
+    numbers = [float(n) for n in re.findall(r"<text[^>]*>([\d.]+)</text>", axis)]
+    assert 3 <= len(numbers) <= 14 and all(low / 2 <= n <= 2 * high for n in numbers), numbers
+    assert "tspan" not in axis, "no powers"
 
 
 def test_the_json_is_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def _svgs(plots: Sequence[Plot]) -> list[str] | None:
     try:
         import matplotlib
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter, MaxNLocator
+        from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
     except ImportError:
         return None
     inks = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
@@ -117,6 +117,11 @@ def _svgs(plots: Sequence[Plot]) -> list[str] | None:
             axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
             if plot.log_x:
                 axes.set_xscale("log")
+                low, high = axes.get_xlim()
+                # Within one decade a logarithmic locator would number every step of it, one over the other.
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
             else:
                 axes.xaxis.set_major_locator(MaxNLocator(6))
             if plot.x == "tokens":
