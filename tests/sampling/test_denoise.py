@@ -42,7 +42,7 @@ PROCESS = MaskedDiffusion(MASK)
 LAYOUT = Full("previous")
 POLICIES: list[Policy] = [
     Ancestral(), RandomOrder(), TopConfidence(), TopConfidence("drawn"), Entropy(), Margin(), Threshold(0.4),
-    Threshold(0.4, "leftmost"), Factor(1.5), EntropyBound(1.0), Remask(0.3), Remask(0.5, "rescale"),
+    Threshold(0.4, "confident"), Factor(1.5), EntropyBound(1.0), Remask(0.3), Remask(0.5, "rescale"),
 ]  # fmt: skip
 #: Completion, a hole inside, a hole at the start, several holes; lengths 14, 9, 6 and 18.
 TEXTS: list[list[int | None]] = [

@@ -131,9 +131,9 @@ def total_variation(a: np.ndarray) -> float:
     ("policy", "outcomes"),
     [(RandomOrder(), all_orders), (Entropy(), no_randomness), (Margin(), no_randomness),
      (TopConfidence(), no_randomness), (FirstHitting(), all_orders),
-     (Threshold(1.0), no_randomness), (Threshold(1.0, "leftmost"), no_randomness),
+     (Threshold(1.0), no_randomness), (Threshold(1.0, "confident"), no_randomness),
      (Factor(1e-9), no_randomness), (EntropyBound(0.0), no_randomness)],
-    ids=["random", "entropy", "margin", "confidence", "first-hitting", "threshold", "threshold-leftmost", "factor",
+    ids=["random", "entropy", "margin", "confidence", "first-hitting", "threshold", "threshold-confident", "factor",
          "entropy-bound"],
 )  # fmt: skip
 def test_one_token_a_step_reproduces_the_joint(policy: Policy, outcomes: Outcomes) -> None:

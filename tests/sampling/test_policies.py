@@ -77,7 +77,7 @@ def probs_of(values: list[list[float]]) -> torch.Tensor:
 
 
 COUNTED = [RandomOrder(), TopConfidence(), TopConfidence("drawn"), Entropy(), Margin()]
-THRESHOLDS = [Threshold(0.5), Threshold(0.5, "leftmost"), Threshold(1.0), Threshold(1e-6)]
+THRESHOLDS = [Threshold(0.5), Threshold(0.5, "confident"), Threshold(1.0), Threshold(1e-6)]
 PREFIXES = [Factor(0.5), Factor(1.0), Factor(9.0), EntropyBound(0.0), EntropyBound(0.3), EntropyBound(5.0)]
 REMASKS = [Remask(), Remask(0.7), Remask(0.4, "rescale"), Remask(1.0, "rescale")]
 KEEPING: list[Policy] = [Ancestral(), FirstHitting(), *COUNTED, *THRESHOLDS, *PREFIXES]
@@ -257,6 +257,10 @@ def test_top_with_equal_scores_takes_the_leftmost_in_any_length() -> None:
 # ----------------------------------------------------------------------------------------------- threshold, ancestral
 
 
+def test_threshold_falls_back_to_the_leftmost_unless_told() -> None:
+    assert Threshold() == Threshold(0.9, "leftmost")
+
+
 @pytest.mark.parametrize("fallback", ["confident", "leftmost"])
 def test_threshold_reveals_exactly_what_reaches_it(fallback: Any) -> None:
     """The fallback speaks only where nothing does: a position below tau is not revealed beside one above it."""
@@ -274,7 +278,7 @@ def test_threshold_counts_each_sample_by_itself_and_only_the_eligible() -> None:
     log_probs = probs_of(values)
     step = step_of([[True, True], [True, True]], eligible=[[True, False], [False, True]], log_probs=log_probs)
     assert Threshold(0.8)(step).tolist() == [[True, False], [False, True]]
-    assert Threshold(0.8, "leftmost")(step).tolist() == [[True, False], [False, True]]
+    assert Threshold(0.8, "confident")(step).tolist() == [[True, False], [False, True]]
 
 
 # -------------------------------------------------------------------------------------------- factor, entropy bound
@@ -337,12 +341,15 @@ def test_a_wider_limit_never_reveals_less(masked: list[list[bool]], seed: int, s
     families: list[list[Policy]] = [
         [Factor(f) for f in (1e-9, 0.1, 0.5, 1.0, 2.0, 50.0)],
         [EntropyBound(g) for g in (0.0, 1e-6, 0.1, 0.5, 2.0, 99.0)],
+        [Threshold(tau, "confident") for tau in (1.0, 0.99, 0.9, 0.5, 1e-9)],
         [Threshold(tau) for tau in (1.0, 0.99, 0.9, 0.5, 1e-9)],
     ]
     for family in families:
         shown = [policy(step) for policy in family]
         for narrow, wide in itertools.pairwise(shown):
-            assert not (narrow & ~wide).any()
+            assert (narrow.sum(1) <= wide.sum(1)).all()
+            # The leftmost, revealed where nothing passes, need not pass a lower threshold that others do.
+            assert family[0] == Threshold(1.0) or not (narrow & ~wide).any()
         assert ((shown[0] & step.masked).sum(1) >= step.masked.any(1).long()).all()
         assert shown[-1].all()  # 9 positions: (9 + 1)(1 - c) < 50, nine times ln 6 < 99
 

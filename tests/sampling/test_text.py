@@ -475,8 +475,9 @@ def test_the_view_follows_a_run(terminal: bool) -> None:
     ("name", "policy"),
     [("confidence", TopConfidence()), ("entropy", Entropy()), ("margin", Margin()), ("random", RandomOrder()),
      ("ancestral", Ancestral()), ("threshold", Threshold()), ("threshold:0.75", Threshold(0.75)),
-     ("threshold:0.75:leftmost", Threshold(0.75, "leftmost")), ("first-hitting", FirstHitting()), ("factor", Factor()),
-     ("factor:0.5", Factor(0.5)), ("entropy-bound", EntropyBound()), ("entropy-bound:2", EntropyBound(2.0)),
+     ("threshold:0.75:confident", Threshold(0.75, "confident")), ("first-hitting", FirstHitting()),
+     ("factor", Factor()), ("factor:0.5", Factor(0.5)), ("entropy-bound", EntropyBound()),
+     ("entropy-bound:2", EntropyBound(2.0)),
      ("remask", Remask()), ("remask:0.1", Remask(0.1)), ("remask:0.1:rescale", Remask(0.1, "rescale"))],
 )  # fmt: skip
 def test_policies_by_name(name: str, policy: object) -> None:
@@ -487,8 +488,8 @@ def test_policies_by_name(name: str, policy: object) -> None:
     ("name", "message"),
     [("", "unknown policy"), ("Entropy", "unknown policy"), ("entropy:2", "unknown policy"),
      ("threshold:x", "threshold:TAU"), ("threshold:2", "threshold:TAU"), ("threshold:nan", "threshold:TAU"),
-     ("threshold:", "threshold:TAU"), ("threshold:0.9:rightmost", "threshold:TAU:leftmost"),
-     ("threshold:0.9:leftmost:x", "threshold:TAU:leftmost"), ("factor:0", "factor:F with F > 0"),
+     ("threshold:", "threshold:TAU"), ("threshold:0.9:rightmost", "threshold:TAU:confident"),
+     ("threshold:0.9:confident:x", "threshold:TAU:confident"), ("factor:0", "factor:F with F > 0"),
      ("factor:1:2", "factor:F"), ("entropy-bound:-1", "entropy-bound:GAMMA"), ("remask:2", "remask:ETA"),
      ("remask:0.1:conf", "remask:ETA:rescale"), ("first-hitting:3", "unknown policy")],
 )  # fmt: skip

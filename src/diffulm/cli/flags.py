@@ -32,7 +32,7 @@ class Drawing:
 
     Args:
         steps: Forward passes at most (default: one per token).
-        policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:leftmost,
+        policy: confidence, entropy, margin, random, first-hitting, ancestral, threshold:TAU, threshold:TAU:confident,
             factor:F, entropy-bound:GAMMA, remask:ETA or remask:ETA:rescale (numbers may be left out).
         temperature: 0 is greedy.
         top_k: Draw among the k most probable tokens.

@@ -32,7 +32,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 #: How those that take a number, and perhaps a word behind it, are written.
 WRITTEN = {
-    "threshold": "threshold:TAU or threshold:TAU:leftmost with TAU in (0, 1]",
+    "threshold": "threshold:TAU or threshold:TAU:confident with TAU in (0, 1]",
     "factor": "factor:F with F > 0",
     "entropy-bound": "entropy-bound:GAMMA with GAMMA >= 0 nats",
     "remask": "remask:ETA or remask:ETA:rescale with ETA in [0, 1]",

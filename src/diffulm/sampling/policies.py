@@ -122,17 +122,18 @@ class Margin(Keeps):
 class Threshold(Keeps):
     """Every position whose maximum probability reaches tau, at least one (Fast-dLLM, arXiv 2505.22618).
 
-    When none does, `fallback` says which one is revealed: the most "confident" or the "leftmost".
+    When none does, `fallback` says which one is revealed: the "leftmost" or, as in the source, the most "confident".
+    The leftmost gave the likelier text at the same speed (docs/guides/decoding.md).
     """
 
     tau: float = 0.9
-    fallback: Literal["confident", "leftmost"] = "confident"
+    fallback: Literal["leftmost", "confident"] = "leftmost"
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
             raise ValueError(f"the threshold must lie in (0, 1], not {self.tau}")
-        if self.fallback not in ("confident", "leftmost"):
-            raise ValueError(f"Threshold falls back to 'confident' or 'leftmost', not {self.fallback!r}")
+        if self.fallback not in ("leftmost", "confident"):
+            raise ValueError(f"Threshold falls back to 'leftmost' or 'confident', not {self.fallback!r}")
 
     def __call__(self, step: Step) -> Tensor:
         sure = confidence(step)
