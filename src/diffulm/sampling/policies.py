@@ -123,7 +123,7 @@ class Threshold(Keeps):
     """Every position whose maximum probability reaches tau, at least one (Fast-dLLM, arXiv 2505.22618).
 
     When none does, `fallback` says which one is revealed: the "leftmost" or, as in the source, the most "confident".
-    The leftmost gave the likelier text at the same speed (docs/guides/decoding.md).
+    The leftmost gave the likelier text at the same speed (docs/concepts/scores.md).
     """
 
     tau: float = 0.9
