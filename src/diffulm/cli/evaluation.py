@@ -229,13 +229,12 @@ def run_quality(
     from ..eval import quality
     from ..eval.page import keep
     from ..eval.store import Store
-    from ..eval.tasks import documents_of, find_texts
+    from ..eval.tasks import check_limit, documents_of, find_texts
 
     reader = parent if judge is None else judge
     if reader is None:
         raise ValueError("quality needs an AR model that reads the texts; give --judge or --parent")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
+    check_limit(limit)
     how = quality.Sampling(**asked)
     others = find_texts([name for name in names if name != "quality"])
     documents = [text for name in others for text in documents_of(name, folder)[:limit]]

@@ -21,7 +21,7 @@ from .packaged import Prompt
 from .rate import Progress, Rater, diffusion_scorer, parent_rater, silent
 from .scoreboard import write
 from .store import Store, pack
-from .tasks import TASKS, documents_of, find_tasks
+from .tasks import TASKS, check_limit, documents_of, find_tasks
 
 #: Masks per option, and per window of a text, where --draws does not say.
 DRAWS, WINDOW_DRAWS = 128, 8
@@ -45,8 +45,7 @@ class Plan:
     how: How = field(default_factory=How)
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, not {self.limit}")
+        check_limit(self.limit)
         if self.draws is not None and self.draws < 1:
             raise ValueError(f"draws must be at least 1, not {self.draws}")
         if self.fewshot is not None and self.fewshot < 0:

@@ -26,7 +26,7 @@ from .rate import Progress, silent
 from .schemas import Record
 from .scoreboard import run_blocks
 from .store import Store, content_key, fingerprint
-from .tasks import read_records
+from .tasks import check_limit, read_records
 
 #: Questions that go through the model before their results are kept.
 CHUNK = 16
@@ -130,8 +130,7 @@ def evaluate(
     unknown = next((name for name in names if name not in ORDER), None)
     if unknown is not None:
         raise ValueError(f"the paper's protocol has no task {unknown!r}; it has {', '.join(ORDER)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
+    check_limit(limit)
     chosen = [name for name in ORDER if name in names]
     if CODE in chosen:
         check_allowed(CODE, execute)

@@ -163,6 +163,12 @@ class Local(Protocol):
     def adapt(self) -> Callable[[Record], Record]: ...
 
 
+def check_limit(limit: int | None) -> None:
+    """ValueError for a number of documents below 1; None is no limit."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+
+
 def read_text(path: Path, *, hub: bool = False) -> str:
     """A UTF-8 file, gzip or not, line ends made one kind. hub: the Hub has what it holds, too. ValueError that names
     the file."""

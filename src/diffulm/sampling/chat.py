@@ -84,7 +84,8 @@ class Chat:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         check_messages(asked)
-        kept, turn = self._fitted(asked, self.prefix, self.suffix if self._is_constrained else None, self._room)
+        after = self.suffix if self._is_constrained else None
+        kept, turn = self._fitted(asked, self.prefix, after, self._room(self.length))
         answer = ""
         for piece in self._constrained(turn, watch) if self._is_constrained else self._streamed(turn, watch):
             answer += piece
@@ -104,8 +105,8 @@ class Chat:
         before, found, after = answer.partition(old)
         if not old or not found:
             raise ValueError(f"the last answer does not hold {old!r}; quote it as it stands")
-        asked, room = self.messages[:-1], tokens if isinstance(tokens, int) else self.max_tokens or 1
-        kept, turn = self._fitted(asked, before, after, room)
+        asked = self.messages[:-1]
+        kept, turn = self._fitted(asked, before, after, self._room(tokens))
         made = self._hole(turn, before, after, tokens, watch)
         if not made.strip():
             raise ValueError(
@@ -119,10 +120,9 @@ class Chat:
         self.dropped += (len(asked) - len(kept)) // 2
         self.messages = [*kept, {"role": "assistant", "content": answer}]
 
-    @property
-    def _room(self) -> int:
-        """Tokens that may be generated for an answer: just so many where that was asked for."""
-        return self.length if isinstance(self.length, int) else self.max_tokens or 1
+    def _room(self, length: int | str | None) -> int:
+        """Tokens that may be generated: just so many where a length was asked for."""
+        return length if isinstance(length, int) else self.max_tokens or 1
 
     @property
     def _is_constrained(self) -> bool:

@@ -73,7 +73,7 @@ def unmask(
     Raises, before the first step is asked for:
         ValueError: the canvas is longer than the model was trained on, or a cache or guidance is not for it.
     """
-    checked(canvas, model.config)
+    check_length(canvas.ids.shape[1], int(model.config["trained_length"]))
     denoiser: Denoiser = model.denoiser
     kept = None if cache is None else caching_from_name(cache, denoiser, model.layout)
     if guidance is not None:
@@ -152,12 +152,6 @@ def caching_from_name(name: str, denoiser: Denoiser, layout: Layout) -> Caching 
     chosen = kinds[name](denoiser.new_cache())
     chosen.check(layout)
     return chosen
-
-
-def checked(canvas: Canvas, diffusion: dict[str, Any]) -> Canvas:
-    """The canvas; ValueError when it is longer than the model was trained on."""
-    check_length(canvas.ids.shape[1], int(diffusion["trained_length"]))
-    return canvas
 
 
 def check_length(length: int, limit: int) -> None:

@@ -54,9 +54,9 @@ def parallelize(
     """In this order: activation checkpointing of each layer, torch.compile of each, FSDP2 over the process group.
 
     Only a layer's input is kept for the backward pass when activations are checkpointed; the rest is computed again.
-    The denoiser is the FSDP root because the loss reads the head's weight inside
-    its forward. `replicas` > 1 shards within world / replicas processes and replicates over the rest (HSDP): weights
-    then travel inside a node, gradients alone between nodes. Without a process group nothing is sharded.
+    The denoiser is the FSDP root because the loss reads the head's weight inside its forward. `replicas` > 1 shards
+    within world / replicas processes and replicates over the rest (HSDP): weights then travel inside a node, gradients
+    alone between nodes. Without a process group nothing is sharded.
 
     A denoiser without weights (on the meta device, `folder.open_for_training`) gets memory on `device` once it is
     sharded, and each process its part of the weights in `folder`.
